@@ -1,0 +1,439 @@
+"""A Llama with adapters inline: layers from leaf to root, real weights in and out, generation.
+
+The idea: modules carry Hugging Face's names, and an adapted projection is a Linear with more parameters, so a
+checkpoint loads key for key and nothing is patched afterwards. Architecture: arXiv 2302.13971 and 2307.09288.
+
+What may surprise:
+- A fresh model is built on the meta device and filled tensor by tensor, so loading never holds two copies.
+- No attention mask anywhere: rows are padded on the right, where causal attention never looks.
+- With targets the head runs on supervised positions only; a loss is a sum and its count, never a mean, so that
+  micro-batches add up to exactly the loss of their step.
+- There are no buffers: the rotary tables are computed per forward, in fp32, from the config alone.
+
+Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
+K key/value heads, S time of queries plus cache, L adapted layers, N supervised positions.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from teamlora import ADAPTER_KEYS, METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of a Llama, under the names of Hugging Face's config.json."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    bos_token_id: int = 1
+    eos_token_id: tuple = (2,)
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Which method adapts which projections; 'none' is the frozen base, 'full' trains every weight of it."""
+    method: str = "teamlora"
+    rank: int = 8
+    n_experts: int = 4
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: tuple = ("gate_proj", "up_proj", "down_proj")
+
+    def __post_init__(self):
+        if self.method not in (*METHODS, "full", "none"):
+            raise InputError(f"method must be one of {', '.join((*METHODS, 'full', 'none'))}, not '{self.method}'")
+        unknown = [t for t in self.targets if t not in PROJECTIONS]
+        if unknown or not self.targets:
+            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, not '{','.join(unknown)}'")
+
+    def linear(self, name, n_in, n_out):
+        """The projection `name`: adapted if it is a target, else a plain Linear without bias."""
+        if self.method not in METHODS or name not in self.targets:
+            return nn.Linear(n_in, n_out, bias=False)
+        return METHODS[self.method](n_in, n_out, rank=self.rank, n_experts=self.n_experts, alpha=self.alpha,
+                                    dropout=self.dropout)
+
+
+def project(linear, x, routing):
+    """linear(x), telling an adapted layer where to leave its weights."""
+    return linear(x, routing) if isinstance(linear, TeamLoRALinear) else linear(x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in fp32 (arXiv 1910.07467)."""
+
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        x32 = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        return F.rms_norm(x32, x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+
+
+def rotary_tables(config, start, stop, device):
+    """cos and sin of the angles of positions start..stop-1, each (T, D), fp32 (arXiv 2104.09864)."""
+    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    angle = torch.arange(start, stop, device=device).float()[:, None] * frequency     # (T, D/2)
+    angle = torch.cat((angle, angle), -1)                                            # (T, D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, rotary):
+    """Rotary embedding of x (B, H, T, D): pairs element i with i + D/2, Hugging Face's layout (Meta's pairs neighbours)."""
+    cos, sin = rotary
+    a, b = x.chunk(2, -1)
+    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which groups of query heads share a key/value head (arXiv 2305.13245)."""
+
+    def __init__(self, config, adapter):
+        super().__init__()
+        self.config = config
+        C, H, K, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        self.q_proj = adapter.linear("q_proj", C, H * D)
+        self.k_proj = adapter.linear("k_proj", C, K * D)
+        self.v_proj = adapter.linear("v_proj", C, K * D)
+        self.o_proj = adapter.linear("o_proj", H * D, C)
+
+    def forward(self, x, rotary, cache, routing):
+        q, k, v = (project(p, x, routing).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))                 # (B, H, T, D), (B, K, T, D) twice
+        q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)                                          # (B, K, S, D)
+        # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a mask would not
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+        return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202); its three projections are what the paper adapts."""
+
+    def __init__(self, config, adapter):
+        super().__init__()
+        self.gate_proj = adapter.linear("gate_proj", config.hidden_size, config.intermediate_size)
+        self.up_proj = adapter.linear("up_proj", config.hidden_size, config.intermediate_size)
+        self.down_proj = adapter.linear("down_proj", config.intermediate_size, config.hidden_size)
+
+    def forward(self, x, routing):
+        return project(self.down_proj, F.silu(project(self.gate_proj, x, routing)) * project(self.up_proj, x, routing),
+                       routing)
+
+
+class Block(nn.Module):
+    def __init__(self, config, adapter):
+        super().__init__()
+        self.self_attn, self.mlp = Attention(config, adapter), MLP(config, adapter)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rotary, cache=None, want_routing=False):
+        # the list lives and dies here, inside the checkpointed region: a recomputation fills a list of its own
+        routing = [] if want_routing else None
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, routing)
+        x = x + self.mlp(self.post_attention_layernorm(x), routing)
+        return x, torch.stack(routing) if routing else None                          # (B, T, C), (L, B, T, E)
+
+
+class KVCache:
+    """Keys and values of every attention layer so far, each (B, K, S, D)."""
+
+    def __init__(self):
+        self.layers = {}
+
+    def __len__(self):
+        return next((k.shape[2] for k, _ in self.layers.values()), 0)
+
+    def extend(self, layer, k, v):
+        if layer in self.layers:
+            k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v)))
+        self.layers[layer] = k, v
+        return k, v
+
+
+class Llama(nn.Module):
+    """Llama with inline adapters. Freshly made its weights are random; `load_llama` fills in real ones.
+
+    checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(self, config, adapter=AdapterConfig(method="none")):
+        super().__init__()
+        self.config, self.adapter, self.checkpointing = config, adapter, False
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, adapter) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        for p in self.base_parameters().values():
+            p.requires_grad_(adapter.method == "full")
+
+    def base_parameters(self):
+        """name -> parameter of the plain Llama, under its checkpoint's names; a tied head is named once."""
+        return {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in ADAPTER_KEYS}
+
+    def init_weights(self, positional=0):
+        """Random base: normal of sqrt(2 / 5C) (arXiv 1910.05895), smaller by sqrt(2 * layers) where a layer ends (GPT-2).
+
+        positional > 0 helps a tiny model that trains for minutes to learn to copy (mimetic initialisation, as in
+        arXiv 2305.09828): query heads start near their key head, so that tokens look for their like, and the query
+        heads of the first `positional` key heads of layer 0 start by looking 1, 2, ... tokens back.
+        """
+        c, std = self.config, math.sqrt(0.4 / self.config.hidden_size)
+        for name, p in self.base_parameters().items():
+            if p.dim() == 2:
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=std / math.sqrt(2 * c.num_hidden_layers) if residual else std)
+        if positional:
+            self.init_attention(positional)
+        return self
+
+    @torch.no_grad()
+    def init_attention(self, positional):
+        group, D = self.config.num_attention_heads // self.config.num_key_value_heads, self.config.head_dim
+        for block in self.model.layers:
+            q, k = (p.weight.unflatten(0, (-1, D)) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
+            q.copy_(q / 2 + k.repeat_interleave(group, 0))                           # (H, D, C)
+        # A direction shared by all embeddings lets q and k of layer 0 ignore the token and see its position only.
+        embedding, q, k = self.model.embed_tokens.weight, *(
+            p.weight.unflatten(0, (-1, D)) for p in (self.model.layers[0].self_attn.q_proj, self.model.layers[0].self_attn.k_proj))
+        shared = F.normalize(torch.randn(self.config.hidden_size), dim=0).to(embedding)
+        embedding += shared * embedding.norm(dim=1).mean()
+        for head in range(positional * group):
+            cos, sin = rotary_tables(self.config, head + 1, head + 2, embedding.device)  # the angle of head + 1 positions
+            half = D // 2
+            q[head] = 0.5 * torch.outer(torch.cat((cos[0, :half], -sin[0, :half])), shared)
+            k[head // group] = 0.5 * torch.outer(torch.cat((torch.ones_like(cos[0, :half]), 0 * sin[0, :half])), shared)
+
+    def hidden(self, tokens, cache=None, want_routing=False):
+        """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the experts' weights (L, B, T, E)."""
+        x, routing = self.model.embed_tokens(tokens), []                             # (B, T, C)
+        start = len(cache) if cache is not None else 0
+        rotary = rotary_tables(self.config, start, start + tokens.shape[1], tokens.device)
+        for block in self.model.layers:
+            if self.checkpointing and torch.is_grad_enabled():
+                x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
+            else:
+                x, w = block(x, rotary, cache, want_routing)
+            routing += [] if w is None else [w]
+        return self.model.norm(x), torch.cat(routing) if routing else None
+
+    def token_losses(self, hidden, targets):
+        """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,)."""
+        supervised = targets >= 0                                                    # (B, T)
+        logits = self.lm_head(hidden[supervised]).float()                            # (N, V)
+        labels = targets[supervised]
+        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+
+    def forward(self, tokens, targets=None):
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), negative where unsupervised: (sum of losses, count)."""
+        hidden, _ = self.hidden(tokens)
+        if targets is None:
+            return self.lm_head(hidden)
+        losses, _ = self.token_losses(hidden, targets)
+        return losses.sum(), losses.numel()
+
+    @torch.no_grad()
+    def generate(self, tokens, max_new_tokens, *, temperature=0.0, top_k=0, use_cache=True, generator=None):
+        """Continue tokens (B, T) -> the new tokens (B, up to max_new_tokens).
+
+        temperature 0 is greedy; top_k > 0 samples among the k likeliest. Ends when every row has met an
+        end-of-sequence token; a row that ended earlier is filled up with it.
+        """
+        eos = torch.tensor(self.config.eos_token_id, device=tokens.device)
+        cache, n_prompt = KVCache() if use_cache else None, tokens.shape[1]
+        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+        for _ in range(max_new_tokens):
+            seen = len(cache) if use_cache else 0
+            logits = self.lm_head(self.hidden(tokens[:, seen:], cache)[0][:, -1]).float()  # (B, V)
+            if temperature > 0:
+                if top_k > 0:
+                    kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                new = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+            else:
+                new = logits.argmax(-1, keepdim=True)                                # (B, 1)
+            new = torch.where(ended[:, None], eos[0], new)
+            tokens = torch.cat((tokens, new), 1)
+            ended |= torch.isin(new[:, 0], eos)
+            if ended.all():
+                break
+        return tokens[:, n_prompt:]
+
+
+# ---- Real weights: a Hugging Face folder is config.json, the tensors, and a tokenizer (data.py reads that)
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+
+def read_json(path):
+    """The JSON object in a file, or an InputError that names the file."""
+    try:
+        value = json.loads(Path(path).read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def read_config(folder):
+    """LlamaConfig of a Hugging Face folder. Raises InputError for what is not a Llama, or has parts we do not build."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise InputError(f"{folder}: no config.json there; expected a Llama folder in Hugging Face's layout")
+    raw = read_json(path)
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}               # transformers 5, and before
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    for key, value, known in (("model_type", raw.get("model_type"), "llama"), ("rotary scaling", rope_type, "default"),
+                              ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
+                              ("attention_bias", raw.get("attention_bias", False), False),
+                              ("mlp_bias", raw.get("mlp_bias", False), False)):
+        if value != known:
+            raise InputError(f"{path}: {key} is {value!r}; only {known!r} is supported")
+    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    try:
+        heads = raw["num_attention_heads"]
+        sizes = {k: raw[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+    except KeyError as e:
+        raise InputError(f"{path}: {e} is missing") from None
+    eos = raw.get("eos_token_id", 2)
+    optional = {k: raw[k] for k in ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id")
+                if raw.get(k) is not None}
+    return LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                       head_dim=raw.get("head_dim") or sizes["hidden_size"] // heads, rope_theta=theta,
+                       eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,), **optional)
+
+
+def read_safetensors(path):
+    """name -> tensor, memory-mapped: nothing is read before it is used. Raises InputError for a damaged file.
+
+    Format: 8-byte little-endian length of a JSON header {name: {dtype, shape, data_offsets}}, then raw bytes.
+    """
+    raw = np.memmap(path, mode="c")             # copy-on-write: torch wants writable memory, the file stays as it is
+    tensors = {}
+    try:
+        n = int(np.frombuffer(raw[:8], "<u8")[0])
+        if n > min(len(raw) - 8, 100_000_000):
+            raise ValueError("its header is longer than the file")
+        header = json.loads(bytes(raw[8:8 + n]))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            if not 0 <= start <= stop <= len(raw) - 8 - n or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"{name} lies outside the file or has another size than its shape says")
+            tensors[name] = torch.from_numpy(raw[8 + n + start:8 + n + stop]).view(dtype).view(shape)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+        raise InputError(f"{path}: not a readable safetensors file ({e})") from None
+    return tensors
+
+
+def write_safetensors(tensors, path):
+    """Write name -> tensor as a safetensors file."""
+    names = {v: k for k, v in DTYPES.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        start, end = end, end + t.numel() * t.element_size()
+        header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as f:
+        f.write(len(head).to_bytes(8, "little") + head)
+        for t in tensors.values():
+            f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def open_weights(folder):
+    """name -> tensor of a Hugging Face folder, memory-mapped; old rotary buffers are left out."""
+    folder = Path(folder)
+    if (path := folder / "model.safetensors").is_file():
+        tensors = read_safetensors(path)
+    elif (path := folder / "pytorch_model.bin").is_file():
+        try:
+            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)   # refuses to run code
+        except Exception as e:                   # torch raises anything from RuntimeError to UnpicklingError here
+            raise InputError(f"{path}: not a readable file of tensors ({str(e).splitlines()[0]})") from None
+    else:
+        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
+    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype=torch.float32):
+    """The Llama in a Hugging Face folder, with fresh adapters in fp32.
+
+    Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
+    unexpected or a shape differs, before anything is allocated.
+    """
+    config, weights = read_config(folder), open_weights(folder)
+    with torch.device("meta"):
+        model = Llama(config, adapter)
+    own = model.base_parameters()
+    if config.tie_word_embeddings:
+        weights.pop("lm_head.weight", None)      # some files hold it although it is the embedding
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or unexpected:
+        raise InputError(f"{folder}: not the weights of its config.json: missing {missing[:10]}, unexpected {unexpected[:10]}")
+    for name, p in own.items():
+        if p.shape != weights[name].shape:
+            raise InputError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json says {tuple(p.shape)}")
+    for name, p in own.items():
+        module, _, key = name.rpartition(".")
+        filled = weights[name].to(device=device, dtype=dtype, copy=True)
+        setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for _, layer in adapter_layers(model):
+        for key, p in list(layer.named_parameters(recurse=False)):
+            if key in ADAPTER_KEYS:
+                setattr(layer, key, nn.Parameter(torch.empty(p.shape, device=device)))
+        layer.reset_adapter()
+    assert not any(p.is_meta for p in model.parameters()), "a parameter was never made"
+    return model
+
+
+def save_llama(model, folder):
+    """Write the base weights and config.json as a Hugging Face folder, which transformers reads too."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = asdict(model.config)
+    eos = config["eos_token_id"]
+    config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
+               "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "attention_bias": False, "mlp_bias": False}
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_safetensors(model.base_parameters(), folder / "model.safetensors")
+
+
+def fingerprint(model):
+    """Hash of the base: names, shapes and up to 256 evenly spaced values of each tensor, as bf16 so that dtype and
+    device do not matter. Tells one base from another; it is no checksum of every weight."""
+    digest = hashlib.sha256()
+    for name, p in model.base_parameters().items():
+        flat = p.detach().flatten()
+        sample = flat[::max(1, flat.numel() // 256)][:256].to(torch.bfloat16).cpu()
+        digest.update(f"{name} {tuple(p.shape)}".encode() + sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,189 @@
+"""TeamLoRA, one adapted linear layer, and the methods it is compared with.
+
+The idea: a frozen linear map W gets one shared down-projection A and E expert up-projections B_e. A router
+weighs the experts for every token, and a small matrix M lets the experts raise or lower each other's weight.
+Paper: Lin et al., "TeamLoRA", ACL 2025, arXiv 2408.09856; the equations here follow its authors' layer.
+
+    z   = A x                    shared by all experts; expert e owns slice e of it
+    phi = softmax(R x)           what the paper calls Shapley values: a softmax, no Shapley value is computed
+    w   = phi + phi M            M starts with diagonal 0; w is then scaled so that the weights of a token sum to E
+    y   = W x + (alpha / r) * sum_e w_e B_e dropout(z_e)
+
+What may surprise:
+- No loop over experts. Scaling slice e of z by w_e and multiplying by all B side by side is the same sum,
+  in one matmul whose cost does not depend on E.
+- A weight may be negative: an expert can be held against. Weights sum to E, not to 1 as in a plain mixture.
+- Dropout acts on z, after A; most LoRA code drops x before A.
+- The paper writes w_i = sum_j M_ij phi_j with diagonal 1; the released code, and we, phi + phi M with diagonal 0.
+- LoRA, MoELoRA and HydraLoRA are this layer with one thing changed each; E = 1 is plain LoRA in all of them.
+
+Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
+L adapted layers.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+ADAPTER_KEYS = ("lora_A", "lora_B", "router", "interaction")
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used: one sentence that names it and the way out. train.py prints it."""
+
+
+class TeamLoRALinear(nn.Linear):
+    """Linear layer (..., in) -> (..., out) with a frozen `weight` and trainable experts (arXiv 2408.09856).
+
+    rank: r of one expert, so the shared A has E*r rows; alpha: the update is scaled by alpha / r;
+    dropout: applied to z = A x. Parameters: lora_A (E*r, in), lora_B (out, E*r), router (E, in),
+    interaction (E, E). `weight` keeps its name, so a checkpoint of the plain layer loads as it is.
+    Raises InputError if rank or n_experts is below 1 or dropout is outside [0, 1).
+    """
+
+    def __init__(self, in_features, out_features, bias=False, *, rank=8, n_experts=4, alpha=16.0, dropout=0.0):
+        super().__init__(in_features, out_features, bias)
+        for name, value in (("rank", rank), ("n_experts", n_experts)):
+            if value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
+        if not 0 <= dropout < 1:
+            raise InputError(f"dropout must lie in [0, 1), got {dropout}")
+        self.rank, self.n_experts, self.alpha, self.dropout = rank, n_experts, alpha, dropout
+        for p in self.parameters():
+            p.requires_grad_(False)
+        self.lora_A = nn.Parameter(torch.empty(n_experts * rank, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, n_experts * rank))
+        self.router = nn.Parameter(torch.empty(n_experts, in_features))
+        self.interaction = nn.Parameter(torch.empty(n_experts, n_experts))
+        self.reset_adapter()
+
+    def reset_adapter(self):
+        """Fresh adapter: every B is zero, so the layer computes exactly its base layer."""
+        for p in (self.lora_A, self.router):
+            if p is not None:
+                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+        if self.interaction is not None:
+            nn.init.uniform_(self.interaction, -0.1, 0.1)
+            with torch.no_grad():
+                self.interaction.fill_diagonal_(0)
+
+    def softmax_weights(self, x):
+        """phi = softmax(R x): (..., in) -> (..., E), summing to 1."""
+        logits = F.linear(x, self.router.to(x.dtype))                                # (..., E)
+        # bf16 softmax loses the small weights, so fp32 from here; the product itself accumulates in fp32 anyway
+        return torch.softmax(logits, -1, dtype=torch.promote_types(x.dtype, torch.float32))
+
+    def route(self, x):
+        """The competition: weights of the experts (..., in) -> (..., E), summing to E, in fp32 (float64 for float64)."""
+        phi = self.softmax_weights(x)
+        w = phi + phi @ self.interaction.to(phi.dtype)
+        # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which would
+        # blow up the update or flip its sign. Below 0.1 the sum counts as 0.1: no weight grows more than tenfold.
+        return self.n_experts * w / w.sum(-1, keepdim=True).clamp(min=0.1)
+
+    def weighted(self, z, w):
+        """Slice e of z (..., E*r) times w_e (..., E) -> (..., E*r)."""
+        return (z.unflatten(-1, (self.n_experts, self.rank)) * w.unsqueeze(-1)).flatten(-2)
+
+    def forward(self, x, routing=None):
+        """x (..., in) -> (..., out), in x's dtype. `routing`, if given, is a list that receives the weights (..., E)."""
+        z = F.dropout(F.linear(x, self.lora_A.to(x.dtype)), self.dropout, self.training)  # (..., E*r)
+        w = self.route(x)                                                            # (..., E)
+        if routing is not None:
+            routing.append(w)
+        # alpha / r goes into the weights: E numbers a token instead of out
+        z = self.weighted(z, (w * (self.alpha / self.rank)).to(x.dtype))             # (..., E*r)
+        return F.linear(x, self.weight, self.bias) + F.linear(z, self.lora_B.to(x.dtype))
+
+    def extra_repr(self):
+        return f"{super().extra_repr()}, rank={self.rank}, n_experts={self.n_experts}, alpha={self.alpha}"
+
+
+class LoRALinear(TeamLoRALinear):
+    """LoRA of total rank E*r (Hu et al., arXiv 2106.09685): every weight is 1, so nothing routes."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.router = self.interaction = None
+
+    def route(self, x):
+        return x.new_ones(*x.shape[:-1], self.n_experts, dtype=torch.promote_types(x.dtype, torch.float32))
+
+
+class MoELoRALinear(TeamLoRALinear):
+    """MoELoRA as the paper's baseline (LoRAMoE's layer, arXiv 2312.09979): softmax weights, which sum to 1.
+
+    Every expert has its own A_e; stacked, they are our lora_A, so shared A and separate A_e are the same function.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.interaction = None
+
+    def route(self, x):
+        return self.softmax_weights(x)
+
+
+class HydraLoRALinear(MoELoRALinear):
+    """HydraLoRA (Tian et al., arXiv 2404.19245): softmax weights; every expert sees the whole of one A of rank r."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lora_A = nn.Parameter(self.lora_A[:self.rank].detach().clone())         # (r, in)
+
+    def weighted(self, z, w):
+        """One copy of z (..., r) per expert, each times its w_e (..., E) -> (..., E*r)."""
+        return (z.unsqueeze(-2) * w.unsqueeze(-1)).flatten(-2)
+
+
+METHODS = {"teamlora": TeamLoRALinear, "lora": LoRALinear, "moelora": MoELoRALinear, "hydralora": HydraLoRALinear}
+
+
+def mean_usage(routing, mask):
+    """Mean weight of each expert over the tokens that are not padding: (L, B, T, E), mask (B, T) -> (L, E)."""
+    m = mask.to(routing.dtype)[..., None]                                            # (B, T, 1)
+    return (routing * m).sum((1, 2)) / m.sum()
+
+
+def balance_loss(usage):
+    """The balance term of usage (L, E): mean over layers of mean_e (usage_e - its mean over e)^2.
+
+    Where weights sum to E that mean is 1. The released code aims at 1/E there, which cannot be reached; the gradient
+    is the same. The paper says that it trains without this term, so its weight is 0 unless asked for.
+    """
+    return (usage - usage.mean(-1, keepdim=True)).square().mean()
+
+
+def adapter_layers(model):
+    """The adapted layers of a model, as (name, layer) pairs in the model's order."""
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, TeamLoRALinear)]
+
+
+def adapter_parameters(model):
+    """name -> parameter of everything an adapter adds: lora_A, lora_B, router, interaction."""
+    return {f"{name}.{key}": p for name, layer in adapter_layers(model)
+            for key, p in layer.named_parameters(recurse=False) if key in ADAPTER_KEYS}
+
+
+def parameter_state(parameters):
+    """name -> a copy of each parameter on the CPU, ready for torch.save."""
+    return {name: p.detach().cpu().clone() for name, p in parameters.items()}
+
+
+def load_parameters(parameters, state):
+    """Copy `state` (name -> tensor) into `parameters`. All or nothing: raises InputError if a name or a shape differs.
+
+    Strict, because with B = 0 a wholly unmatched adapter would give exactly the base model and no other symptom.
+    """
+    missing, unexpected = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
+    if missing or unexpected or not parameters:
+        raise InputError(f"the adapter does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    for name, p in parameters.items():
+        if p.shape != state[name].shape:
+            raise InputError(f"the adapter does not fit: {name} is {tuple(state[name].shape)}, not {tuple(p.shape)}")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(state[name])
