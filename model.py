@@ -79,6 +79,11 @@ def project(linear, x, routing):
     return linear(x, routing) if isinstance(linear, TeamLoRALinear) else linear(x)
 
 
+def fp32(x):
+    """x in fp32, or in float64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the statistics in fp32 (arXiv 1910.07467)."""
 
@@ -87,8 +92,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        x32 = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        return F.rms_norm(x32, x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(fp32(x), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
 
 
 def rotary_tables(config, start, stop, device):
@@ -200,9 +204,9 @@ class Llama(nn.Module):
     def init_weights(self, positional=0):
         """Random base: normal of sqrt(2 / 5C) (arXiv 1910.05895), smaller by sqrt(2 * layers) where a layer ends (GPT-2).
 
-        positional > 0 helps a tiny model that trains for minutes to learn to copy (mimetic initialisation, as in
-        arXiv 2305.09828): query heads start near their key head, so that tokens look for their like, and the query
-        heads of the first `positional` key heads of layer 0 start by looking 1, 2, ... tokens back.
+        positional > 0 helps a tiny model that trains for minutes to learn to look things up (mimetic initialisation, as
+        in arXiv 2305.09828): queries start near their keys, so that tokens look for their like, and the first
+        `positional` heads of layer 0 start by carrying over what stands 1, 2, ... tokens back.
         """
         c, std = self.config, math.sqrt(0.4 / self.config.hidden_size)
         for name, p in self.base_parameters().items():
@@ -210,25 +214,28 @@ class Llama(nn.Module):
                 residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(p, std=std / math.sqrt(2 * c.num_hidden_layers) if residual else std)
         if positional:
-            self.init_attention(positional)
+            self.init_attention(positional, std)
         return self
 
     @torch.no_grad()
-    def init_attention(self, positional):
-        group, D = self.config.num_attention_heads // self.config.num_key_value_heads, self.config.head_dim
+    def init_attention(self, positional, std):
+        D, C = self.config.head_dim, self.config.hidden_size
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
         for block in self.model.layers:
             q, k = (p.weight.unflatten(0, (-1, D)) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
             q.copy_(q / 2 + k.repeat_interleave(group, 0))                           # (H, D, C)
-        # A direction shared by all embeddings lets q and k of layer 0 ignore the token and see its position only.
-        embedding, q, k = self.model.embed_tokens.weight, *(
-            p.weight.unflatten(0, (-1, D)) for p in (self.model.layers[0].self_attn.q_proj, self.model.layers[0].self_attn.k_proj))
-        shared = F.normalize(torch.randn(self.config.hidden_size), dim=0).to(embedding)
+        # a direction shared by all embeddings lets q and k of layer 0 ignore the token and see its position only
+        embedding, first = self.model.embed_tokens.weight, self.model.layers[0].self_attn
+        shared = F.normalize(torch.randn(C), dim=0)
         embedding += shared * embedding.norm(dim=1).mean()
-        for head in range(positional * group):
-            cos, sin = rotary_tables(self.config, head + 1, head + 2, embedding.device)  # the angle of head + 1 positions
-            half = D // 2
-            q[head] = 0.5 * torch.outer(torch.cat((cos[0, :half], -sin[0, :half])), shared)
-            k[head // group] = 0.5 * torch.outer(torch.cat((torch.ones_like(cos[0, :half]), 0 * sin[0, :half])), shared)
+        carried = nn.init.orthogonal_(torch.empty(D, C))
+        for head in range(positional):
+            cos, sin = (t[0, :D // 2] for t in rotary_tables(self.config, head + 1, head + 2, "cpu"))
+            own, shared_kv = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
+            first.q_proj.weight[own] = 0.5 * torch.outer(torch.cat((cos, -sin)), shared)   # turned back by head + 1
+            first.k_proj.weight[shared_kv] = 0.5 * torch.outer(torch.cat((cos * 0 + 1, sin * 0)), shared)
+            first.v_proj.weight[shared_kv] = carried
+            first.o_proj.weight[:, own] = carried.T * std * math.sqrt(C / D)               # as long as an embedding
 
     def hidden(self, tokens, cache=None, want_routing=False):
         """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the experts' weights (L, B, T, E)."""
@@ -246,7 +253,7 @@ class Llama(nn.Module):
     def token_losses(self, hidden, targets):
         """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,)."""
         supervised = targets >= 0                                                    # (B, T)
-        logits = self.lm_head(hidden[supervised]).float()                            # (N, V)
+        logits = fp32(self.lm_head(hidden[supervised]))                            # (N, V)
         labels = targets[supervised]
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
@@ -270,7 +277,7 @@ class Llama(nn.Module):
         ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         for _ in range(max_new_tokens):
             seen = len(cache) if use_cache else 0
-            logits = self.lm_head(self.hidden(tokens[:, seen:], cache)[0][:, -1]).float()  # (B, V)
+            logits = fp32(self.lm_head(self.hidden(tokens[:, seen:], cache)[0][:, -1]))  # (B, V)
             if temperature > 0:
                 if top_k > 0:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]

@@ -49,7 +49,7 @@ class Config:
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
     val_data: str = flag("", "files to evaluate on; empty: hold out a share of --data by content hash")
     val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty")
-    val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all of them (MiniCME: at least 1)")
+    val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which has no end, 400)")
     max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer")
     method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none (bare base)")
     rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank")
@@ -77,12 +77,12 @@ class Config:
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
-    base_steps: int = flag(500, "built-in base: training steps")
-    base_batch_size: int = flag(48, "built-in base: paragraphs of the corpus per step")
-    base_learning_rate: float = flag(3e-3, "built-in base: peak learning rate")
+    base_steps: int = flag(2500, "built-in base: training steps")
+    base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
+    base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the embedding takes 0.15 of it")
     base_layers: int = flag(4, "built-in base: layers")
-    base_width: int = flag(192, "built-in base: width, in heads of 32")
-    base_seed: int = flag(0, "built-in base: seed, apart from --seed so that runs share one base")
+    base_width: int = flag(128, "built-in base: width, in heads of 32")
+    base_seed: int = flag(1, "built-in base: seed, apart from --seed so that runs share one base")
 
     @property
     def adapter(self):
@@ -137,8 +137,10 @@ def check(cfg):
     for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every", "stop_after"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise InputError(f"--{name} must not be negative, not {getattr(cfg, name)}")
-    if cfg.base_width % 64:
-        raise InputError(f"--base_width must be a multiple of 64, not {cfg.base_width}")
+    if cfg.max_tokens < cfg.max_length:
+        raise InputError(f"--max_tokens={cfg.max_tokens} cannot hold a row of --max_length={cfg.max_length}; lower that too")
+    if cfg.base_width % 32:
+        raise InputError(f"--base_width must be a multiple of 32, not {cfg.base_width}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to run on the CPU")
     if cfg.mode == "train" and cfg.method == "none":
@@ -160,12 +162,27 @@ def device_and_dtype(cfg):
 
 # ---- Training
 
-def learning_rate(step, steps, peak, warmup):
-    """Linear warm-up, then a cosine down to 0."""
+def schedule(step, steps, warmup):
+    """Share of the peak learning rate: linear warm-up, then a cosine down to 0."""
     n_warmup = max(1, round(warmup * steps))
     if step < n_warmup:
-        return peak * (step + 1) / n_warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, steps - n_warmup)))
+        return (step + 1) / n_warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, steps - n_warmup)))
+
+
+def make_optimizers(model, cfg):
+    """AdamW over everything that requires a gradient."""
+    return [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate,
+                              betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)]
+
+
+def make_base_optimizers(model, cfg):
+    """Muon for the matrices inside the base, AdamW for embedding and norms. With AdamW alone, copying takes about five
+    times the steps to appear."""
+    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
+    outer = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
+    return [torch.optim.Muon(inner, lr=cfg.base_learning_rate, weight_decay=0.1),
+            torch.optim.AdamW(outer, lr=0.15 * cfg.base_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def step_usage(model, batches):
@@ -199,47 +216,50 @@ def accumulate_gradients(model, batches, balance=0.0):
     return total, n
 
 
-def fit(model, step_batches, cfg, *, steps, peak, weight_decay, resumed=None, log=None, save=None, name="train"):
-    """Train every parameter that requires a gradient. step_batches: step -> micro-batches.
+def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None):
+    """Train for `steps` steps. step_batches: step -> micro-batches; optimizers hold their peak learning rates.
 
-    log(record) gets a dict at every logged step, save(step, optimizer, totals) is called when a checkpoint is due.
-    Returns totals: step, seconds, tokens (without padding), skipped steps.
+    log(record) gets a dict at every logged step, save(optimizers, totals) is called when a checkpoint is due, resumed
+    is what it saved. Returns totals: step, seconds, tokens (without padding), skipped steps.
     """
     device = next(model.parameters()).device
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
+    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert set(map(id, parameters)) == {id(p) for p in model.parameters() if p.requires_grad}
+    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
     totals = {"step": 0, "seconds": 0.0, "tokens": 0, "skipped": 0}
     if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
         totals = dict(resumed["totals"])
-    start, begun = totals["step"], time.perf_counter()
-    already = totals["seconds"]
+        for optimizer, state in zip(optimizers, resumed["optimizers"]):
+            optimizer.load_state_dict(state)
     end = min(steps, cfg.stop_after) if cfg.stop_after and save else steps
-    bar = tqdm(range(start, end), initial=start, total=end, desc=name, unit="step", dynamic_ncols=True, mininterval=1)
+    begun = time.perf_counter() - totals["seconds"]
+    balance = cfg.balance if adapter_layers(model) else 0.0
     model.train()
+    bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step", dynamic_ncols=True,
+               mininterval=1)
     for step in bar:
         batches = [[t.to(device) for t in b] for b in step_batches(step)]
-        lr = learning_rate(step, steps, peak, cfg.warmup)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss, supervised = accumulate_gradients(model, batches, cfg.balance if adapter_layers(model) else 0.0)
+        share = schedule(step, steps, cfg.warmup)
+        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
+            group["lr"] = peak * share
+        loss, supervised = accumulate_gradients(model, batches, balance)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
-        if math.isfinite(norm):
-            optimizer.step()
-        else:
-            totals["skipped"] += 1
-        optimizer.zero_grad(set_to_none=True)
+        totals["skipped"] += not math.isfinite(norm)
+        for optimizer in optimizers:
+            if math.isfinite(norm):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         totals["tokens"] += sum(int(m.sum()) for *_, m in batches)
-        totals["step"], totals["seconds"] = step + 1, already + time.perf_counter() - begun
+        totals["step"], totals["seconds"] = step + 1, time.perf_counter() - begun
         if (step + 1) % cfg.log_every == 0 or step + 1 == end:
-            rate = totals["tokens"] / totals["seconds"]
-            bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,.0f} tokens/s", refresh=False)
+            rate = round(totals["tokens"] / totals["seconds"])
+            bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,} tokens/s", refresh=False)
             if log:
-                log({"step": step + 1, "loss": float(loss), "learning_rate": lr, "gradient_norm": norm,
-                     "supervised_tokens": supervised, "tokens_per_second": round(rate), "skipped": totals["skipped"],
+                log({"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share, "gradient_norm": norm,
+                     "supervised_tokens": supervised, "tokens_per_second": rate, "skipped": totals["skipped"],
                      "seconds": round(totals["seconds"], 2)})
         if save and (step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
-            save(optimizer, totals)
+            save(optimizers, totals)
     return totals
 
 
@@ -366,21 +386,21 @@ def make_base(cfg, device):
     folder = Path(cfg.out_dir) / "base"
     corpus = data.corpus(cfg.base_seed)
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.startswith("base_")}
-    recipe["corpus"] = data.digest(corpus(i).output for i in range(200))
+    recipe["corpus"] = data.digest(corpus(i).output for i in range(0, 2 * data.N_LESSONS, 100))
     if (folder / "made_from.json").is_file() and json.loads((folder / "made_from.json").read_text()) == recipe:
         print(f"base: {folder}, made before")
         return folder
     temporary = Path(f"{folder}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    data.make_tokenizer(temporary / "tokenizer.model", (corpus(i) for i in range(5000)))
+    data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
     tokenizer = data.Tokenizer(temporary / "tokenizer.model")
     torch.manual_seed(cfg.base_seed)
     C = cfg.base_width
-    sizes = LlamaConfig(vocab_size=tokenizer.size, hidden_size=C, intermediate_size=8 * C // 3 // 32 * 32,
-                        num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32, num_key_value_heads=C // 64,
-                        head_dim=32, tie_word_embeddings=True)
-    model = Llama(sizes, AdapterConfig(method="full")).init_weights().to(device)
+    sizes = LlamaConfig(vocab_size=tokenizer.size, hidden_size=C, intermediate_size=8 * C // 3 // 16 * 16,
+                        num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32, num_key_value_heads=C // 32,
+                        head_dim=32, rope_theta=100.0, tie_word_embeddings=True, max_position_embeddings=256)
+    model = Llama(sizes, AdapterConfig(method="full")).init_weights(positional=C // 32).to(device)
     print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
           f"on plain statements for {cfg.base_steps} steps")
 
@@ -388,7 +408,7 @@ def make_base(cfg, device):
         n = cfg.base_batch_size
         return [data.collate(b) for b in data.cut([data.encode(tokenizer, corpus(i)) for i in range(step * n, (step + 1) * n)],
                                                   cfg.max_tokens)]
-    fit(model, step_batches, cfg, steps=cfg.base_steps, peak=cfg.base_learning_rate, weight_decay=0.1, name="base")
+    fit(model, step_batches, make_base_optimizers(model, cfg), cfg, cfg.base_steps, name="base")
     save_llama(model, temporary)
     (temporary / "made_from.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -396,23 +416,27 @@ def make_base(cfg, device):
     return folder
 
 
-def load_data(cfg, tokenizer):
-    """(training stream: i -> Example, validation split: task -> Examples, chance: task -> share)."""
+def read_data(cfg):
+    """(training rows, validation rows) of --data, or None for MiniCME; read before anything long or lasting happens."""
     if not cfg.data:
+        return None
+    rows = data.read_rows(cfg.data)
+    return (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.hold_out(rows, cfg.val_share)
+
+
+def encode_data(cfg, tokenizer, rows):
+    """(training stream: i -> Example, validation split: task -> Examples, chance: task -> share)."""
+    if rows is None:
         stream = data.minicme(cfg.seed)
         split = {task: [data.encode(tokenizer, row) for row in rows]
                  for task, rows in data.minicme_test(cfg.val_examples or 400).items()}
         return lambda i: data.encode(tokenizer, stream(i)), split, data.CHANCE
-    rows = data.read_rows(cfg.data)
-    if cfg.val_data:
-        train, val = rows, data.read_rows(cfg.val_data)
-    else:
-        train, val = data.hold_out(rows, cfg.val_share)
-    train = data.encode_rows(tokenizer, train, cfg.max_length, "train")
+    train, val = (data.encode_rows(tokenizer, part, cfg.max_length, name) for part, name in zip(rows, ("training", "validation")))
     split = {}
-    for e in data.encode_rows(tokenizer, val, cfg.max_length, "validation"):
-        if not cfg.val_examples or len(split.setdefault(e.task, [])) < cfg.val_examples:
-            split.setdefault(e.task, []).append(e)
+    for e in val:
+        examples = split.setdefault(e.task, [])
+        if not cfg.val_examples or len(examples) < cfg.val_examples:
+            examples.append(e)
     return data.shuffled(train, cfg.seed), split, {}
 
 
@@ -468,8 +492,9 @@ def print_start(cfg, model, tokenizer, step_examples):
 def run_train(cfg, saved):
     """Base, data, evaluation before, training, evaluation after; writes log.jsonl, adapter.pt and summary.json."""
     out = Path(cfg.out_dir)
+    rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
-    stream, split, chance = load_data(cfg, tokenizer)
+    stream, split, chance = encode_data(cfg, tokenizer, rows)
     out.mkdir(parents=True, exist_ok=True)
 
     def step_examples(step):
@@ -481,6 +506,9 @@ def run_train(cfg, saved):
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and torch.cuda.is_available():
             torch.cuda.set_rng_state(saved["cuda_rng"])
+        kept = [line for line in (out / "log.jsonl").read_text().splitlines(True)
+                if json.loads(line)["step"] <= saved["totals"]["step"]]
+        write_atomically(out / "log.jsonl", lambda path: path.write_text("".join(kept)))
     else:
         (out / "log.jsonl").unlink(missing_ok=True)
         torch.manual_seed(cfg.seed)
@@ -492,13 +520,15 @@ def run_train(cfg, saved):
     def content(**more):
         return {"config": asdict(cfg), "fingerprint": base, "parameters": parameter_state(trained(model)), **more}
 
-    def save(optimizer, totals):
+    def save(optimizers, totals):
         rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-        checkpoint = content(optimizer=optimizer.state_dict(), totals=dict(totals), before=before, **rng)
+        checkpoint = content(optimizers=[o.state_dict() for o in optimizers], totals=dict(totals), before=before, **rng)
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
-    totals = fit(model, lambda step: [data.collate(b) for b in data.cut(step_examples(step), cfg.max_tokens)], cfg,
-                 steps=cfg.steps, peak=cfg.learning_rate, weight_decay=cfg.weight_decay, resumed=saved, log=log, save=save)
+    def step_batches(step):
+        return [data.collate(b) for b in data.cut(step_examples(step), cfg.max_tokens)]
+
+    totals = fit(model, step_batches, make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log, save=save)
     if totals["step"] < cfg.steps:
         print(f"stopped after {totals['step']} of {cfg.steps} steps; --resume continues")
         return None
@@ -529,8 +559,9 @@ def summarise(cfg, model, totals, before, results, chance):
 
 
 def run_eval(cfg, saved):
+    rows = read_data(cfg)
     model, tokenizer, _ = prepare(cfg, saved)
-    _, split, chance = load_data(cfg, tokenizer)
+    _, split, chance = encode_data(cfg, tokenizer, rows)
     results = evaluate(model, split, cfg.max_tokens)
     print_results(results, chance)
     return results
