@@ -58,13 +58,13 @@ class Config:
     dropout: float = flag(0.0, "dropout on A x")
     targets: tuple = flag(("gate_proj", "up_proj", "down_proj"), "adapted projections, comma-separated")
     balance: float = flag(0.0, "weight of the balance term, which evens out the use of the experts")
-    steps: int = flag(1000, "optimizer steps")
+    steps: int = flag(1500, "optimizer steps")
     batch_size: int = flag(66, "examples per step")
     learning_rate: float = flag(3e-3, "peak learning rate; 1e-4 to 3e-4 suits a real Llama")
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     clip: float = flag(1.0, "largest gradient norm")
-    max_tokens: int = flag(8192, "padded tokens per micro-batch: lower it to save memory, the result stays the same")
+    max_tokens: int = flag(4096, "padded tokens per micro-batch: lower it to save memory, the result stays the same")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
     dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 otherwise")
@@ -77,7 +77,7 @@ class Config:
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
-    base_steps: int = flag(2500, "built-in base: training steps")
+    base_steps: int = flag(2800, "built-in base: training steps")
     base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
     base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the embedding takes 0.15 of it")
     base_layers: int = flag(4, "built-in base: layers")
@@ -211,7 +211,7 @@ def accumulate_gradients(model, batches, balance=0.0):
         loss = model.token_losses(hidden, y)[0].sum() / n
         total = total + loss.detach()
         if slope is not None:
-            loss = loss + (slope * mean_usage(routing, m)).sum() * (m.sum() / n_tokens)
+            loss = loss + (slope * mean_usage(routing, m)).sum() * m.sum().to(slope.dtype) / n_tokens
         loss.backward()
     return total, n
 
