@@ -454,7 +454,7 @@ def trained(model):
 def prepare(cfg, saved):
     """(model, tokenizer, fingerprint of the base); a saved adapter is loaded into the model if there is one."""
     device, dtype = device_and_dtype(cfg)
-    folder = cfg.init_from or make_base(cfg, device)
+    folder = cfg.init_from or (make_base(cfg, device) if cfg.mode == "train" else Path(cfg.out_dir) / "base")
     torch.manual_seed(cfg.seed)
     model = load_llama(folder, cfg.adapter, device, dtype)
     tokenizer = data.open_tokenizer(folder, model.config.eos_token_id[0])
