@@ -26,7 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from teamlora import ADAPTER_KEYS, METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters
+from teamlora import ADAPTER_KEYS, METHODS, InputError, TeamLoRALinear, adapter_layers
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

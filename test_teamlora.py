@@ -12,7 +12,6 @@ import math
 import random
 from collections import Counter
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +20,7 @@ import data
 import train
 from model import (AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_safetensors,
                    save_llama, write_safetensors)
-from teamlora import (METHODS, HydraLoRALinear, InputError, LoRALinear, MoELoRALinear, TeamLoRALinear,
+from teamlora import (METHODS, HydraLoRALinear, InputError, LoRALinear, TeamLoRALinear,
                       adapter_layers, adapter_parameters, balance_loss, load_parameters, mean_usage, parameter_state)
 
 TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
