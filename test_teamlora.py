@@ -722,16 +722,16 @@ def test_exact_match_is_what_greedy_decoding_produces(finished):
     model, tokenizer, _ = train.prepare(*train.compose({"mode": "eval", "out_dir": str(out), "device": "cpu"}))
     stream = data.minicme(0)
     model = tiny("full", train.replace(model.config))
-    examples = [data.encode(tokenizer, stream(i)) for i in range(8)]
+    examples = [data.encode(tokenizer, stream(i)) for i in range(16)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(40):                          # learn some of the eight by heart
-        train.accumulate_gradients(model, [data.collate(examples)])
+    for _ in range(20):                          # learn half of them by heart
+        train.accumulate_gradients(model, [data.collate(examples[:8])])
         optimizer.step()
         optimizer.zero_grad()
     greedy = [model.generate(torch.tensor([e.ids[:e.n_prompt]]), len(e.ids) - e.n_prompt)[0].tolist() == e.ids[e.n_prompt:]
               for e in examples]
     results = train.evaluate(model, {"t": examples}, 10 ** 6)
-    assert results["t"]["accuracy"] == sum(greedy) / 8 and 0 < sum(greedy)
+    assert results["t"]["accuracy"] == sum(greedy) / 16 and 0 < sum(greedy) < 16
 
 
 def test_real_folder_and_files_take_the_same_road(finished, tmp_path):
