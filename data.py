@@ -517,7 +517,8 @@ def read_rows(paths):
                     raise InputError(f"{file}, row {number}: expected an object with instruction and output")
                 fields = {"input": "", "task": file.stem} | {k: v for k, v in raw.items() if k in Row._fields}
                 for key in ("instruction", "input", "output", "task"):
-                    if not isinstance(fields.get(key), str) or not (fields[key].strip() or key == "input"):
+                    optional = key == "input" or key == "instruction" and fields["input"]   # some rows ask in "input" alone
+                    if not isinstance(fields.get(key), str) or not (fields[key].strip() or optional):
                         raise InputError(f"{file}, row {number}: '{key}' is missing, empty or not text")
                 rows.append(Row(**fields))
     if not rows:
@@ -663,11 +664,11 @@ def make_tokenizer(path, rows, vocab_size=1280):
 
 
 def encode(tokenizer, row):
-    """Row -> Example: prompt = instruction, newline and input if there is one, end-of-sequence; answer and end-of-sequence.
+    """Row -> Example: prompt = instruction, newline, input (either may be empty), end-of-sequence; answer, end-of-sequence.
 
     A row with neither instruction nor input is plain text, supervised throughout.
     """
-    prompt = row.instruction + ("\n" + row.input if row.input else "")
+    prompt = "\n".join(filter(None, (row.instruction, row.input)))
     head = tokenizer.prefix + (tokenizer.encode(prompt) + [tokenizer.eos] if prompt else [])
     return Example(row.task, head + tokenizer.encode(row.output) + [tokenizer.eos], max(1, len(head)))
 

@@ -516,9 +516,11 @@ def test_padding_is_masked_by_length_not_by_id():
 def test_files_and_folders_become_tasks(tmp_path):
     """Catches an ignored "input", a task named wrongly, and a byte order mark or Windows line ends that break a file."""
     rows = [{"instruction": "Say", "input": "a", "output": "b"}, {"instruction": "Say", "output": "c", "task": "other", "x": 1}]
+    rows.append({"instruction": "", "input": "asked here", "output": "d", "task": "other"})
     (tmp_path / "one.json").write_text(json.dumps(rows))
     (tmp_path / "two.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(r).encode() for r in rows) + b"\r\n")
-    expected = [("one", "Say", "a", "b"), ("other", "Say", "", "c"), ("two", "Say", "a", "b"), ("other", "Say", "", "c")]
+    rest = [("other", "Say", "", "c"), ("other", "", "asked here", "d")]
+    expected = [("one", "Say", "a", "b"), *rest, ("two", "Say", "a", "b"), *rest]
     assert data.read_rows(str(tmp_path)) == expected
     assert data.read_rows(f"{tmp_path}/one.json,{tmp_path}/two.jsonl") == expected
 

@@ -485,8 +485,9 @@ def print_start(cfg, model, tokenizer, step_examples):
           f"a step: {cfg.batch_size} examples, {real // steps:,} tokens ({supervised // steps:,} supervised) "
           f"in {n / steps:.1f} micro-batches, {1 - real / padded:.1%} padding")
     e = step_examples(0)[0]
-    print(f"first example, supervised part in [[ ]]: {tokenizer.decode(e.ids[:e.n_prompt])!r} "
-          f"[[{tokenizer.decode(e.ids[e.n_prompt:])!r} + end of sequence]]")
+    prompt, expected = tokenizer.decode(e.ids[:e.n_prompt]), tokenizer.decode(e.ids[e.n_prompt:-1])
+    print(f"first example, supervised part in [[ ]]: {prompt if len(prompt) < 300 else '...' + prompt[-297:]!r} "
+          f"[[{expected if len(expected) < 300 else expected[:297] + '...'!r} + end of sequence]]")
 
 
 def run_train(cfg, saved):
