@@ -657,10 +657,12 @@ def open_tokenizer(folder, eos):
 
 def make_tokenizer(path, rows, vocab_size=1280):
     """Train a sentencepiece model on the text of the rows (BPE, byte fallback) and save it at `path`."""
+    stem = str(path).removesuffix(".model")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=(line for row in rows for line in row.output.split("\n")), vocab_size=vocab_size,
-        model_prefix=str(path).removesuffix(".model"), model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
+        model_prefix=stem, model_type="bpe", byte_fallback=True, hard_vocab_limit=False,
         normalization_rule_name="identity", remove_extra_whitespaces=False, num_threads=1, minloglevel=2)
+    Path(f"{stem}.vocab").unlink()               # a listing that nothing reads
 
 
 def encode(tokenizer, row):
