@@ -10,7 +10,7 @@ base model is made from it. No text is downloaded.
 
 What may surprise:
 - A question belongs to the test split or to training by its hash, so no test question is ever trained on, under any
-  seed. Closed-book tasks ask known facts in wordings that training did not use for that fact.
+  seed. Closed-book tasks ask facts that the base has read, in wordings that training did not use for that fact.
 - Prompt and answer are tokenised apart, and end-of-sequence is an id: sentencepiece never makes it of text.
 - Padding is masked by length, not by id: with pad = end-of-sequence a model would never learn to stop.
 
@@ -165,6 +165,7 @@ def scene(rng, n=3):
 
 
 def tell(rng, p, relation, what):
+    """A fact of a scene as a sentence without its full stop."""
     return say(rng, {"in": "{p} is in the {w}|{p} stands in the {w}", "has": "{p} has the {w}|{p} holds the {w}"}[relation],
                p=p, w=what)
 
@@ -451,7 +452,7 @@ def copying(rng):
 
 
 def table(rng):
-    """Who is where or has what, with nothing, little or all of a sentence between person and thing: (facts, wording)."""
+    """Who is where or has what, with nothing, little or all of a sentence in between: (facts, how to tell one, text)."""
     style = rng.randrange(4)
 
     def line(p, relation, what):
