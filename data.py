@@ -9,8 +9,8 @@ one small world of people, towns, animals and tools. `corpus` tells of the same 
 base model is made from it. No text is downloaded.
 
 What may surprise:
-- A question belongs to the test split or to training by its hash, so no test question is ever trained on, under any
-  seed. Closed-book tasks ask facts that the base has read, in wordings that training did not use for that fact.
+- A question belongs to the test split or to training by its hash, so adapters never train on a test question, under
+  any seed. The base corpus is not kept off them yet. Closed-book tasks ask facts that the base has read, in wordings that training did not use for that fact.
 - Prompt and answer are tokenised apart, and end-of-sequence is an id: sentencepiece never makes it of text.
 - Padding is masked by length, not by id: with pad = end-of-sequence a model would never learn to stop.
 
