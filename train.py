@@ -177,8 +177,8 @@ def make_optimizers(model, cfg):
 
 
 def make_base_optimizers(model, cfg):
-    """Muon for the matrices inside the base, AdamW for embedding and norms: with AdamW alone the base had learnt to copy
-    a list in hardly one case of ten after 350 steps, with Muon in nearly all after 250."""
+    """Muon for the matrices inside the base, AdamW for embedding and norms: under AdamW alone it learns too slowly to copy
+    lists, let alone to look things up, within minutes."""
     inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     outer = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
     return [torch.optim.Muon(inner, lr=cfg.base_learning_rate, weight_decay=0.1),
@@ -429,7 +429,7 @@ def encode_data(cfg, tokenizer, rows):
     if rows is None:
         stream = data.minicme(cfg.seed)
         split = {task: [data.encode(tokenizer, row) for row in rows]
-                 for task, rows in data.minicme_test(cfg.val_examples or 400).items()}
+                 for task, rows in data.minicme_held_out("test", cfg.val_examples or 400).items()}
         return lambda i: data.encode(tokenizer, stream(i)), split, data.CHANCE
     train, val = (data.encode_rows(tokenizer, part, cfg.max_length, name) for part, name in zip(rows, ("training", "validation")))
     split = {}
