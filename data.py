@@ -564,11 +564,12 @@ def read_objects(file):
         raise InputError(f"{file}: byte {e.start} is not UTF-8") from None
 
 
-def hold_out(rows, share):
+def hold_out(rows, share, salt=""):
     """(training rows, held-out rows): about `share` of every task, by a hash of the prompt, so that equal prompts never
-    part and adding rows moves none. Raises InputError if one side is left empty."""
+    part and adding rows moves none; another salt holds out others. Raises InputError if one side is left empty."""
     limit = share * 2 ** 32
-    held = [int.from_bytes(hashlib.sha256(f"{r.instruction}\n{r.input}".encode()).digest()[:4], "big") < limit for r in rows]
+    held = [int.from_bytes(hashlib.sha256(f"{salt}{r.instruction}\n{r.input}".encode()).digest()[:4], "big") < limit
+            for r in rows]
     train, val = [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
     if not train or not val:
         raise InputError(f"holding out {share:.0%} of {len(rows)} rows leaves {len(train)} for training and {len(val)} for "
