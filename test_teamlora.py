@@ -418,7 +418,7 @@ def damaged(folder, how):
 
 
 @pytest.mark.parametrize("how, message", [
-    ("mistral", "model_type is 'mistral'"), ("gelu", "hidden_act is 'gelu'"), ("yarn", "rotary scaling is 'yarn'"),
+    ("mistral", "model_type is 'mistral'"), ("gelu", "hidden_act is 'gelu'"), ("yarn", "rope_type is 'yarn'"),
     ("biased", "attention_bias is True"), ("no heads", "'num_attention_heads' is missing"), ("no json", "cannot be read as JSON"),
     ("missing key", "missing .'model.layers.1.mlp.up_proj.weight'"), ("unexpected key", "unexpected .*q_proj.bias"),
     ("wrong shape", r"model.norm.weight has shape \(47,\)"), ("truncated", "outside the file"),
@@ -756,7 +756,7 @@ def files_in(folder):
     (["--rank=0"], "--rank must be at least 1"), (["--n_experts=0"], "--n_experts must be at least 1"), (["--method=dora"], "method"),
     (["--targets=q_proj,wq"], "wq"), (["--targets="], "targets"), (["--mode=fly"], "--mode"), (["--resume=maybe"], "maybe"),
     (["--learning_rate=-1"], "--learning_rate"), (["--learning_rate=nan"], "--learning_rate"), (["--dropout=1"], "--dropout"),
-    (["--method=none"], "nothing to train"), (["--mode=sample"], "needs --prompt"), (["--val_data=x.json"], "needs --data"),
+    (["--method=none"], "nothing to train"), (["--val_data=x.json"], "needs --data"),
     (["--init_from={tmp}/nowhere"], "nowhere"), (["--init_from={tmp}"], "config.json"), (["--data={tmp}/nothing.json"], "nothing.json"),
     (["--data={tmp}/bad.json"], "bad.json, row 1"), (["--mode=eval", "--out_dir={tmp}/none"], "adapter.pt does not exist"),
     (["--resume", "--steps=21"], "--steps=21 contradicts"), (["--mode=eval", "--rank=3"], "--rank=3 contradicts"),
