@@ -652,7 +652,7 @@ class Tokenizer:
         end = self.template.partition("{output}")[2]
         ids = [self.eos] if end == "{eos}" else self.encode(end)
         if len(ids) != 1:
-            raise InputError(f"--template={template} ends an answer with {end!r}, which {self.path} reads as {len(ids)} ids; it "
+            raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads as {len(ids)} ids; it "
                              "must be a single control word of this tokenizer, or {eos}")
         self.end = ids[0]
 
