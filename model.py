@@ -20,7 +20,6 @@ import hashlib
 import json
 import math
 import mmap
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -112,8 +111,8 @@ def stretch(frequency, scaling):
     turn less than low_freq_factor times in the original length, none above high_freq_factor, in between in part."""
     kept = 0.0
     if scaling["rope_type"] == "llama3":
-        turns = frequency * scaling["original_max_position_embeddings"] / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequency * scaling["original_max_position_embeddings"] / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequency + (1 - kept) * frequency / scaling["factor"]
 
@@ -299,8 +298,7 @@ class Llama(nn.Module):
         """Continue tokens (B, T) -> the new tokens (B, up to max_new_tokens).
 
         temperature 0 is greedy; top_k > 0 samples among the k likeliest. Ends when every row has met an
-        end-of-sequence token; a row that ended earlier is filled up with it. on_token, if given, gets each step's
-        new tokens (B, 1) at once.
+        end-of-sequence token; a row that ended earlier is filled up with it. on_token gets each step's tokens (B, 1).
         """
         eos = torch.tensor(self.config.eos_token_id, device=tokens.device)
         cache, n_prompt = KVCache() if use_cache else None, tokens.shape[1]
@@ -333,12 +331,12 @@ PLAIN_TENSORS = f"only tensors of {', '.join(DTYPES)} are supported, nothing qua
 SCALING = {"linear": {"factor": 1.0}, "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                                                  "original_max_position_embeddings": 8192}}     # Llama 3.1's
 # what config.json may say for the model to be the one built here; the first value is what a missing key means
-KNOWN = {"rope_type": ("default", *SCALING), "hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-         "quantization_config": (None,), "partial_rotary_factor": (1.0,)}
+KNOWN = {"rope_type": ("default", *SCALING), "partial_rotary_factor": (1.0,), "hidden_act": ("silu",),
+         "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (None,)}
 META_NAMES = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
-              "ffn_norm": "post_attention_layernorm", "attention.wq": "self_attn.q_proj",
-              "attention.wk": "self_attn.k_proj", "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-              "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj"}
+              "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj",
+              "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+              **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}}
 
 
 def read_json(path):
@@ -409,8 +407,7 @@ def read_safetensors(path):
 
 def write_safetensors(tensors, path):
     """Write name -> tensor as a safetensors file."""
-    names = {v: k for k, v in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names, header, end = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         start, end = end, end + t.numel() * t.element_size()
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
@@ -453,8 +450,8 @@ def open_weights(folder):
             break
     else:
         raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in shards")
-    tensors = {name: t for file in names for name, t in read_tensors(folder / file).items()}
-    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: t for file in names for name, t in read_tensors(folder / file).items()
+            if not name.endswith("rotary_emb.inv_freq")}
 
 
 def open_meta(folder):
@@ -485,26 +482,23 @@ def open_meta(folder):
     except KeyError as e:
         raise InputError(f"{folder}: {e} is missing in params.json or consolidated.00.pth") from None
 
-    weights = {}
-    for name in sorted({name for shard in shards for name in shard} - {"rope.freqs"}):
-        parts = [shard[name] for shard in shards if name in shard]
+    def renamed(name):
         for theirs, ours in META_NAMES.items():
             name = name.replace(theirs, ours)
-        weights[name if name.startswith("lm_head") else f"model.{name}"] = parts
-    return config, weights
+        return name if name.startswith("lm_head") else f"model.{name}"
+    names = {name for shard in shards for name in shard} - {"rope.freqs"}
+    return config, {renamed(name): [shard[name] for shard in shards if name in shard] for name in names}
 
 
-def join_axis(parts, shape):
-    """Axis along which these parts make up a tensor of `shape`; -1 if each is all of it, as Meta's norms; None if they
-    do not fit."""
-    own = {tuple(t.shape) for t in parts}
-    if own == {tuple(shape)}:
-        return -1
-    return next((d for d in range(len(shape)) if own == {(*shape[:d], shape[d] / len(parts), *shape[d + 1:])}), None)
+def cut_of(parts, shape):
+    """(n, axis) of the chunks of `shape` that these parts are; (1, 0) if each is all of it (Meta's norms); or None."""
+    n, own = len(parts), {tuple(t.shape) for t in parts}
+    cuts = {(*shape[:d], shape[d] / n, *shape[d + 1:]): (n, d) for d in range(len(shape))} | {tuple(shape): (1, 0)}
+    return cuts.get(own.pop()) if len(own) == 1 else None
 
 
 def release(tensor):
-    """Give back the file pages behind a memory-mapped tensor, whole ones only: once copied they still count as resident."""
+    """Give back the file pages behind a memory-mapped tensor, which else stay resident; only those wholly its own."""
     storage, page = tensor.untyped_storage(), mmap.PAGESIZE
     start, stop = -(-storage.data_ptr() // page) * page, (storage.data_ptr() + storage.nbytes()) // page * page
     if start < stop:
@@ -517,12 +511,11 @@ def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype
     Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
     unexpected or a shape differs, before anything is allocated.
     """
-    folder = Path(folder)
-    meta = not (folder / "config.json").is_file()
+    folder, meta = Path(folder), not (Path(folder) / "config.json").is_file()
     if meta and not (folder / "params.json").is_file():
-        raise InputError(f"{folder}: no Llama folder: neither config.json (Hugging Face) nor params.json (Meta) is there")
-    config, weights = open_meta(folder) if meta else (read_config(folder),
-                                                      {name: [t] for name, t in open_weights(folder).items()})
+        raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is there")
+    config, weights = open_meta(folder) if meta else (
+        read_config(folder), {name: [t] for name, t in open_weights(folder).items()})
     with torch.device("meta"):
         model = Llama(config, adapter)
     own = model.base_parameters()
@@ -530,20 +523,21 @@ def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype
         weights.pop("lm_head.weight", None)      # some files hold it although it is the embedding
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
-        raise InputError(f"{folder}: not the weights of its config: missing {missing[:10]}, unexpected {unexpected[:10]}")
+        raise InputError(f"{folder}: not the weights of its config: missing {missing[:10]}, "
+                         f"unexpected {unexpected[:10]}")
     for name, p in own.items():
-        if join_axis(weights[name], p.shape) is None:
+        if not cut_of(weights[name], p.shape):
             found = " + ".join(str(tuple(t.shape)) for t in weights[name])
             raise InputError(f"{folder}: {name} has shape {found}, its config says {tuple(p.shape)}")
     for name, p in own.items():
-        axis, (module, _, key) = join_axis(weights[name], p.shape), name.rpartition(".")
-        filled = weights[name][0] if axis == -1 else torch.cat(weights[name], axis)
-        if meta and module.endswith(("q_proj", "k_proj")):   # rows of a head: from pairs of neighbours to halves
-            filled = filled.unflatten(0, (-1, config.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
-        filled = filled.to(device=device, dtype=dtype, copy=True)
-        setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
-        for part in weights[name]:
+        module, _, key = name.rpartition(".")
+        filled = target = torch.empty(p.shape, dtype=dtype, device=device)
+        if meta and module.endswith(("q_proj", "k_proj")):   # pairs of rows: side by side there, halves here
+            target = filled.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+        for part, piece in zip(weights[name], target.chunk(*cut_of(weights[name], p.shape))):
+            piece.copy_(part.detach().reshape(piece.shape))
             release(part)
+        setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
     for _, layer in adapter_layers(model):
