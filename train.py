@@ -4,9 +4,10 @@
     python train.py --method=lora --steps=500                 the same with another method
     python train.py --init_from=FOLDER --data=FILE,FOLDER     a real Llama on your own instructions
     python train.py --mode=eval                               the numbers of out/adapter.pt again
-    python train.py --mode=sample --prompt="..."              one answer
+    python train.py --mode=sample --prompt="..."              one answer; without --prompt, one to every line you type
     python train.py --mode=compare                            methods side by side, on equal terms
     python train.py --mode=shapley                            what each expert of out/adapter.pt is worth
+    python train.py --export=FOLDER                           base and adapter merged, where the method allows it
 
 The idea: without --init_from the run first makes its own base model and saves it as an ordinary Llama folder; from
 there on both take the same road. A step's loss is a sum over its supervised tokens divided by their number, however
@@ -35,7 +36,7 @@ from tqdm import tqdm
 import data
 from model import AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, read_config, save_llama
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
-                      mean_usage, mutual_information, only, parameter_state, restricted, shapley_interactions,
+                      mean_usage, merge, mutual_information, only, parameter_state, restricted, shapley_interactions,
                       shapley_values, top)
 
 
@@ -47,15 +48,17 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt), compare "
-                              "(methods side by side) or shapley (the worth of each expert of out_dir/adapter.pt)")
+    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt, or the "
+                              "terminal), compare (methods side by side) or shapley (the worth of each expert)")
     out_dir: str = flag("out", "folder for everything a run writes")
-    init_from: str = flag("", "folder of a real Llama in Hugging Face's layout; empty: make the small built-in base")
+    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
     val_data: str = flag("", "files to evaluate on; empty: hold out a share of --data by content hash")
     val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty")
     val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which has no end, 400)")
     max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer")
+    template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and perhaps {output} "
+                                  "and its end; {eos} is the end of sequence")
     method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none (bare base)")
     rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank")
     n_experts: int = flag(4, "number of experts E")
@@ -78,7 +81,7 @@ class Config:
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: never")
     stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to the end")
     resume: bool = flag(False, "continue from out_dir/checkpoint.pt")
-    prompt: str = flag("", "what to answer with --mode=sample")
+    prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for itself")
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
@@ -88,6 +91,8 @@ class Config:
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
                                  "best is at the edge, the next beyond it is tried too")
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
+    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout, and end; "
+                           "with --method=none the base alone")
     base_steps: int = flag(2800, "built-in base: training steps")
     base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
     base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the embedding takes 0.15 of it")
@@ -103,7 +108,7 @@ class Config:
 # settings of a whole comparison, which shape none of its runs
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what an adapter fixes for later use, and what may change when a run is resumed
-OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from")
+OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from", "template")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "device", "out_dir")
 
 
@@ -167,10 +172,13 @@ def check(cfg):
             raise InputError(f"--{name} must be distinct and not negative, not {getattr(cfg, name)}")
     if cfg.mode == "train" and cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
-    if cfg.mode == "sample" and not cfg.prompt:
-        raise InputError("--mode=sample needs --prompt")
+    if bool(cfg.export) != (cfg.mode == "export"):
+        raise InputError("--export=FOLDER is a mode of its own: give it without --mode, and a folder with it")
+    if cfg.export and Path(cfg.export).exists():
+        raise InputError(f"--export={cfg.export} exists already; name a new folder")
     if cfg.val_data and not cfg.data:
         raise InputError("--val_data needs --data")
+    data.read_template(cfg.template)
     cfg.adapter                                  # validates method and targets
     return cfg
 
@@ -349,12 +357,12 @@ def print_results(results, chance, before=None):
     print(f"{'mean':{width}}{'':8}{old}{mean(r['accuracy'] for r in results.values()):8.3f}{val_loss(results):8.3f}")
 
 
-def answer(model, tokenizer, prompt_ids, cfg, max_new_tokens=64):
-    """The text that the model answers to a tokenised prompt."""
+def answer(model, tokenizer, prompt_ids, cfg, max_new_tokens=64, on_token=None):
+    """The text that the model answers to a tokenised prompt; on_token: see generate."""
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(cfg.seed)
     new = model.eval().generate(torch.tensor([prompt_ids], device=device), max_new_tokens, temperature=cfg.temperature,
-                                top_k=cfg.top_k, generator=generator)[0].tolist()
+                                top_k=cfg.top_k, generator=generator, on_token=on_token)[0].tolist()
     ends = [i for i, t in enumerate(new) if t in model.config.eos_token_id]
     return tokenizer.decode(new[:ends[0]] if ends else new)
 
@@ -363,7 +371,7 @@ def print_samples(model, tokenizer, split, cfg, n=2):
     print("\ntwo answers per task (expected / given)")
     for task, examples in split.items():
         for e in examples[:n]:
-            expected = tokenizer.decode([t for t in e.ids[e.n_prompt:] if t != tokenizer.eos])
+            expected = tokenizer.decode(e.ids[e.n_prompt:-1])
             given = answer(model, tokenizer, e.ids[:e.n_prompt], cfg)
             question = tokenizer.decode(e.ids[:e.n_prompt]).strip().replace("\n", " ")
             print(f"  {task}: {question if len(question) < 100 else '...' + question[-97:]}\n"
@@ -396,6 +404,11 @@ def compose(given):
 
     Raises InputError if a flag contradicts the file.
     """
+    if given.get("export"):
+        given = {"mode": "export"} | given
+    made = [name for name in given if name.startswith("base_")]
+    if made and given.get("init_from"):
+        raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} takes another")
     cfg = check(Config(**given))
     if cfg.mode == "compare" or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
         return cfg, None
@@ -405,7 +418,7 @@ def compose(given):
         fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
         if fixed and saved["config"][name] != value:
             raise InputError(f"--{name}={value} contradicts {path}, which was made with {saved['config'][name]}")
-    of_run = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
+    of_run = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
     return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in of_run})), saved
 
 
@@ -487,6 +500,9 @@ def prepare(cfg, saved):
     tokenizer = data.open_tokenizer(folder, model.config.eos_token_id[0])
     if tokenizer.size > model.config.vocab_size:
         raise InputError(f"{tokenizer.path} has {tokenizer.size} pieces, the model only {model.config.vocab_size} embeddings")
+    tokenizer.use(cfg.template)
+    # generation ends where the template ends an answer, and wherever the model's files say
+    model.config = replace(model.config, eos_token_id=tuple(dict.fromkeys((tokenizer.end, *model.config.eos_token_id))))
     base = fingerprint(model)
     if saved and saved["fingerprint"] != base:
         raise InputError(f"the adapter in {cfg.out_dir} was made for another base (fingerprint {saved['fingerprint']}) "
@@ -595,12 +611,44 @@ def run_eval(cfg, saved):
     return results
 
 
+def printer(tokenizer, ends):
+    """A function that prints each new token (1, 1) as soon as its text is whole, for a letter may span several."""
+    ids, shown = [], 0
+
+    def show(new):
+        nonlocal shown
+        ids.extend(t for t in new[0].tolist() if t not in ends)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    return show
+
+
 def run_sample(cfg, saved):
+    """Answer --prompt, or every line of the standard input until it ends, printing tokens as they come."""
     model, tokenizer, _ = prepare(cfg, saved)
-    row = data.Row("sample", cfg.prompt, "", "")
-    # the bare base continues the text, an adapter answers it
-    ids = tokenizer.prefix + tokenizer.encode(cfg.prompt) if cfg.method == "none" else data.encode(tokenizer, row).ids[:-1]
-    print(answer(model, tokenizer, ids, cfg, cfg.max_new_tokens))
+    if not cfg.prompt:
+        print("one question a line; end of input (Ctrl-D) ends", file=sys.stderr)
+    for text in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
+        # the bare base continues the text, unless a template of its own is named; an adapter answers it
+        ids = tokenizer.prefix + tokenizer.encode(text) if cfg.method == "none" and cfg.template == "paper" else (
+            data.encode(tokenizer, data.Row("sample", text, "", "")).ids[:-1])
+        if text:
+            answer(model, tokenizer, ids, cfg, cfg.max_new_tokens, printer(tokenizer, model.config.eos_token_id))
+            print()
+
+
+def run_export(cfg, saved):
+    """Write the base with its adapter merged in, and its tokenizer, as a Hugging Face folder."""
+    model, tokenizer, _ = prepare(cfg, saved)
+    merge(model)
+    out = Path(f"{Path(cfg.export)}.tmp")
+    save_llama(model, out)
+    for file in tokenizer.path.parent.glob("*token*.*"):     # tokenizer.json, special_tokens_map.json and the like
+        shutil.copy(file, out)
+    os.replace(out, cfg.export)
+    print(f"wrote {cfg.export}: {cfg.method} merged into {sum(p.numel() for p in model.base_parameters().values()):,} parameters")
 
 
 # ---- Experiments: methods side by side, and what the experts are worth
@@ -884,7 +932,8 @@ def plot_experts(result, results, out):
     plt.close("all")
 
 
-MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "compare": run_compare, "shapley": run_shapley}
+MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export, "compare": run_compare,
+         "shapley": run_shapley}
 
 
 def main(argv=None):
