@@ -501,7 +501,7 @@ def release(tensor):
     """Give back the file pages behind a memory-mapped tensor, which else stay resident; only those wholly its own."""
     storage, page = tensor.untyped_storage(), mmap.PAGESIZE
     start, stop = -(-storage.data_ptr() // page) * page, (storage.data_ptr() + storage.nbytes()) // page * page
-    if start < stop:
+    if start < stop and hasattr(mmap, "MADV_DONTNEED"):     # Windows has none
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
