@@ -774,7 +774,7 @@ def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
     saved = [torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("one", "two")]
     assert saved[0]["totals"]["tokens"] == saved[1]["totals"]["tokens"]
     for name, p in saved[0]["parameters"].items():
-        assert torch.allclose(p, saved[1]["parameters"][name], rtol=1e-3, atol=1e-5), name
+        assert (p - saved[1]["parameters"][name]).norm() <= 1e-4 * p.norm(), name
     assert math.isclose(one["val_loss"], two["val_loss"], rel_tol=1e-5) and one["accuracy"] == two["accuracy"]
     for task, usage in one["expert_usage"].items():
         assert two["expert_usage"][task] == pytest.approx(usage, rel=1e-4)
