@@ -150,10 +150,11 @@ class Attention(nn.Module):
         q, k, v = (project(p, x, routing).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
                    for p in (self.q_proj, self.k_proj, self.v_proj))                 # (B, H, T, D), (B, K, T, D) twice
         q, k = rotate(q, rotary), rotate(k, rotary)
+        mask = None
         if cache is not None:
-            k, v = cache.extend(self, k, v)                                          # (B, K, S, D)
+            k, v, mask = cache.extend(self, k, v)                                    # (B, K, S, D) twice, (B, 1, 1, S)
         # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a mask would not
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
         return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
 
 
@@ -187,19 +188,24 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every attention layer so far, each (B, K, S, D)."""
+    """Keys and values of every attention layer so far, each (B, K, S, D).
 
-    def __init__(self):
-        self.layers = {}
+    real (B, S): where a column is not padding, for prompts of different lengths; None: everywhere.
+    """
+
+    def __init__(self, real=None):
+        self.layers, self.real = {}, real
 
     def __len__(self):
         return next((k.shape[2] for k, _ in self.layers.values()), 0)
 
     def extend(self, layer, k, v):
+        """All keys and values with the new ones, and a mask (B, 1, 1, S) if one new token must not see padding."""
+        mask = None if self.real is None or k.shape[2] > 1 else self.real[:, None, None]
         if layer in self.layers:
             k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v)))
         self.layers[layer] = k, v
-        return k, v
+        return k, v, mask
 
 
 class Llama(nn.Module):
@@ -269,6 +275,11 @@ class Llama(nn.Module):
         x, routing = self.model.embed_tokens(tokens), []                             # (B, T, C)
         start = len(cache) if cache is not None else 0
         rotary = rotary_tables(self.config, start, start + tokens.shape[1], tokens.device)
+        if start and cache.real is not None:     # a new token per row, whose position leaves out the padding before it
+            cache.real = F.pad(cache.real, (0, 1), value=True)                       # (B, S)
+            position = cache.real.sum(1) - 1                                         # (B,)
+            tables = rotary_tables(self.config, 0, start + 1, tokens.device)
+            rotary = [t[position, None, None] for t in tables]                       # (B, 1, 1, D) twice
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
@@ -279,9 +290,10 @@ class Llama(nn.Module):
 
     def token_losses(self, hidden, targets):
         """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,)."""
-        supervised = targets >= 0                                                    # (B, T)
-        logits = fp32(self.lm_head(hidden[supervised]))                            # (N, V)
-        labels = targets[supervised]
+        targets = targets.flatten()              # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
+        supervised = (targets >= 0).nonzero()[:, 0]
+        labels, supervised = (t.to(hidden.device, non_blocking=True) for t in (targets[supervised], supervised))  # (N,)
+        logits = fp32(self.lm_head(hidden.flatten(0, 1)[supervised]))                # (N, V)
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
     def forward(self, tokens, targets=None):
@@ -293,19 +305,27 @@ class Llama(nn.Module):
         return losses.sum(), losses.numel()
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, *, temperature=0.0, top_k=0, use_cache=True, generator=None,
+    def generate(self, tokens, max_new_tokens, *, lengths=None, temperature=0.0, top_k=0, use_cache=True, generator=None,
                  on_token=None):
         """Continue tokens (B, T) -> the new tokens (B, up to max_new_tokens).
 
-        temperature 0 is greedy; top_k > 0 samples among the k likeliest. Ends when every row has met an
-        end-of-sequence token; a row that ended earlier is filled up with it. on_token gets each step's tokens (B, 1).
+        lengths (B,): of prompts of different lengths, padded on the right; None: all are T long. temperature 0 is greedy;
+        top_k > 0 samples among the k likeliest. Ends when every row has met an end-of-sequence token; a row that ended
+        earlier is filled up with it. on_token gets each step's tokens (B, 1).
         """
         eos = torch.tensor(self.config.eos_token_id, device=tokens.device)
-        cache, n_prompt = KVCache() if use_cache else None, tokens.shape[1]
-        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            seen = len(cache) if use_cache else 0
-            logits = fp32(self.lm_head(self.hidden(tokens[:, seen:], cache)[0][:, -1]))  # (B, V)
+        (B, T), rows, generated = tokens.shape, torch.arange(len(tokens), device=tokens.device), []
+        lengths = torch.full_like(rows, T) if lengths is None else lengths.clone()
+        real = torch.arange(T, device=tokens.device) < lengths[:, None]              # (B, T)
+        cache = KVCache(None if real.all() else real) if use_cache else None
+        tokens = F.pad(tokens, (0, max_new_tokens))
+        ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        for i in range(max_new_tokens):
+            if use_cache and generated:
+                hidden = self.hidden(generated[-1], cache)[0][:, 0]                  # (B, C)
+            else:
+                hidden = self.hidden(tokens[:, :T + i], cache)[0][rows, lengths - 1]
+            logits = fp32(self.lm_head(hidden))                                      # (B, V)
             if temperature > 0:
                 if top_k > 0:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -314,13 +334,15 @@ class Llama(nn.Module):
             else:
                 new = logits.argmax(-1, keepdim=True)                                # (B, 1)
             new = torch.where(ended[:, None], eos[0], new)
-            tokens = torch.cat((tokens, new), 1)
+            generated.append(new)
             if on_token:
                 on_token(new)
+            tokens[rows, lengths] = new[:, 0]
+            lengths += 1
             ended |= torch.isin(new[:, 0], eos)
             if ended.all():
                 break
-        return tokens[:, n_prompt:]
+        return torch.cat(generated, 1)
 
 
 # ---- Real weights: config.json and tensors (Hugging Face) or params.json and consolidated.*.pth (Meta)

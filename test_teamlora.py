@@ -10,7 +10,10 @@ Each docstring says which break the test catches.
 import io
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -287,6 +290,19 @@ def test_cached_generation_equals_uncached(method):
     seeded = [model.generate(prompt, 9, temperature=0.8, top_k=5, generator=torch.Generator().manual_seed(3), use_cache=c)
               for c in (True, False)]
     assert torch.equal(*seeded)
+
+
+@pytest.mark.parametrize("cached, n", [(True, 64), (False, 8)])
+def test_prompts_of_mixed_lengths_are_answered_at_once_as_one_by_one(cached, n):
+    """Catches new tokens that see padding or count it into their position, and a first token read off the padding."""
+    model, rng = tiny(dtype=torch.float64), random.Random(0)
+    prompts = [torch.randint(0, 101, (rng.randint(1, 40),)) for _ in range(n)]
+    together = model.generate(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=7), 12,
+                              lengths=torch.tensor([len(p) for p in prompts]), use_cache=cached).tolist()
+    for prompt, row in zip(prompts, together):
+        alone = model.generate(prompt[None], 12)[0].tolist()
+        assert row[:len(alone)] == alone and set(row[len(alone):]) <= {2}
+    assert len(set(map(tuple, together))) > n - 4
 
 
 def test_generation_stops_at_end_of_sequence():
@@ -970,7 +986,8 @@ def test_without_a_prompt_every_line_is_answered_as_it_comes(finished, capsys, m
     questions, flags = ["Where does Anna live?", "Is it a hammer? 🙂"], ["--mode=sample", f"--out_dir={out}", "--max_new_tokens=9"]
     model, tokenizer, _ = train.prepare(*train.compose({"mode": "sample", "out_dir": str(out), "device": "cpu"}))
     cfg = train.Config(seed=0)
-    expected = [train.answer(model, tokenizer, data.encode(tokenizer, data.Row("", q, "", "")).ids[:-1], cfg, 9) for q in questions]
+    asked = [data.encode(tokenizer, data.Row("", q, "", "")).ids[:-1] for q in questions]
+    expected = [train.answers(model, tokenizer, [ids], cfg, 9)[0] for ids in asked]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
     capsys.readouterr()
     train.main(flags)
@@ -1066,9 +1083,55 @@ def test_step_with_infinite_gradient_is_skipped_and_counted(tokenizer):
             assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
         return [batch]
     cfg = train.Config(learning_rate=1e-2)
-    totals = train.fit(model, step_batches, train.make_optimizers(model, cfg), cfg, 2)
+    optimizers = train.make_optimizers(model, cfg)
+    totals = train.fit(model, step_batches, optimizers, cfg, 2)
+    assert all(state["step"] == 1 for state in optimizers[0].state.values())
     assert totals["skipped"] == 1 and all(p.isfinite().all() for p in adapter_parameters(model).values())
     assert not all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
+
+
+def test_loop_reads_nothing_from_the_device_between_log_lines(tokenizer):
+    """Catches a loop that waits for the GPU: on the meta device nothing can be read, so the first reading is an error."""
+    model = tiny(config=train.replace(TINY, vocab_size=tokenizer.size)).to("meta")
+    stream, asked = data.minicme(0), []
+
+    def step_batches(step):
+        asked.append(step)
+        return [data.collate([data.encode(tokenizer, stream(i))]) for i in range(2)]
+    cfg = train.Config(balance=0.1, log_every=5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    optimizer.defaults["fused"], optimizer.step = True, lambda: None     # meta has no fused AdamW
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        train.fit(model, step_batches, [optimizer], cfg, 100)
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
+    """Catches a mean of means over processes, adapters that drift apart, examples lost or counted twice, two writers."""
+    flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3", "--max_tokens=256", "--max_length=256"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base").symlink_to(finished[0] / "base")
+    one = train.main(flags + [f"--out_dir={tmp_path}/one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run([*torchrun, train.__file__, *flags, f"--out_dir={tmp_path}/two"], capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("mean accuracy") == 1
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    logs = [[json.loads(line) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for a, b in zip(*logs):
+        assert a["supervised_tokens"] == b["supervised_tokens"]
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+        assert math.isclose(a["gradient_norm"], b["gradient_norm"], rel_tol=1e-4)
+    saved = [torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("one", "two")]
+    assert saved[0]["totals"]["tokens"] == saved[1]["totals"]["tokens"]
+    for name, p in saved[0]["parameters"].items():
+        assert (p - saved[1]["parameters"][name]).norm() <= 1e-4 * p.norm(), name
+    assert math.isclose(one["val_loss"], two["val_loss"], rel_tol=1e-5) and one["accuracy"] == two["accuracy"]
+    for task, usage in one["expert_usage"].items():
+        assert two["expert_usage"][task] == pytest.approx(usage, rel=1e-4)
 
 
 def test_exact_match_is_what_greedy_decoding_produces(finished):
