@@ -38,7 +38,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, read_config, save_llama
+from model import AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, save_llama
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
                       mean_usage, merge, mutual_information, only, parameter_state, restricted, shapley_interactions,
                       shapley_values, top)
@@ -788,9 +788,9 @@ def expert_statistics(model, results, test, max_tokens):
 def train_variant(cfg, name, rows):
     """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
     train_rows = rows and rows[:2]
-    model, tokenizer, base = prepare(cfg, None)
+    model, tokenizer, _ = prepare(cfg, None)
     stream, validation, _ = encode_data(cfg, tokenizer, train_rows, "validation")
-    _, test, chance = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
+    _, test, _ = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
     torch.manual_seed(cfg.seed)
     totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
     results = evaluate(model, test, cfg.max_tokens, "test")
@@ -814,9 +814,9 @@ def run_compare(cfg, _):
     path, rows = Path(cfg.out_dir) / "compare.jsonl", read_data(cfg)
     if rows:
         rows = (*data.hold_out(rows[0], cfg.val_share, "validation"), rows[1])
-    cfg = replace(cfg, init_from=cfg.init_from or str(make_base(cfg, device_and_dtype(cfg)[0])))
-    possible = variants(cfg, read_config(cfg.init_from))
-    base = prepare(cfg, None)[2]
+    model, _, base = prepare(replace(cfg, mode="train"), None)
+    cfg = replace(cfg, init_from=cfg.init_from or str(Path(cfg.out_dir) / "base"))
+    possible = variants(cfg, model.config)
     names = tuple(possible) if cfg.methods == ("all",) else cfg.methods
     for name in names:
         if name not in possible:
