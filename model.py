@@ -30,6 +30,8 @@ from teamlora import ADAPTER_KEYS, METHODS, InputError, TeamLoRALinear, adapter_
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+MAX_LOGITS = 2 ** 25                             # logits that exist at once, 128 MB in fp32
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -245,17 +247,29 @@ class Llama(nn.Module):
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
-            else:
-                x, w = block(x, rotary, cache, want_routing)
+            elif cache is None:
+                x, w = block(x, rotary, None, want_routing)
+            else:                                # a cache grows with every token: eager, whatever --compile says
+                x, w = block.forward(x, rotary, cache, want_routing)
             routing += [] if w is None else [w]
         return self.model.norm(x), torch.cat(routing) if routing else None
 
     def token_losses(self, hidden, targets):
-        """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,)."""
+        """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,).
+
+        Beyond MAX_LOGITS of them logits are made in chunks, and made again in the backward pass: never all at once.
+        """
+        def judge(hidden, labels):
+            logits = fp32(self.lm_head(hidden))
+            return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
         supervised = targets >= 0                                                    # (B, T)
-        logits = fp32(self.lm_head(hidden[supervised]))                            # (N, V)
-        labels = targets[supervised]
-        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+        hidden, labels = hidden[supervised], targets[supervised]                     # (N, C), (N,)
+        n = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(labels) <= n:
+            return judge(hidden, labels)
+        chunks = [checkpoint(judge, *chunk, use_reentrant=False, preserve_rng_state=False)
+                  for chunk in zip(hidden.split(n), labels.split(n))]
+        return tuple(map(torch.cat, zip(*chunks)))
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), negative where unsupervised: (sum of losses, count)."""
@@ -390,6 +404,17 @@ def open_weights(folder):
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
+def fresh_adapters(model, device):
+    """Make the adapters of a model whose base is filled in and whose adapters are still on the meta device."""
+    for _, layer in adapter_layers(model):
+        for key, p in list(layer.named_parameters(recurse=False)):
+            if key in ADAPTER_KEYS:
+                setattr(layer, key, nn.Parameter(torch.empty(p.shape, device=device)))
+        layer.reset_adapter()
+    assert not any(p.is_meta for p in model.parameters()), "a parameter was never made"
+    return model
+
+
 def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype=torch.float32):
     """The Llama in a Hugging Face folder, with fresh adapters in fp32.
 
@@ -414,13 +439,7 @@ def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype
         setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for _, layer in adapter_layers(model):
-        for key, p in list(layer.named_parameters(recurse=False)):
-            if key in ADAPTER_KEYS:
-                setattr(layer, key, nn.Parameter(torch.empty(p.shape, device=device)))
-        layer.reset_adapter()
-    assert not any(p.is_meta for p in model.parameters()), "a parameter was never made"
-    return model
+    return fresh_adapters(model, device)
 
 
 def save_llama(model, folder):

@@ -20,8 +20,8 @@ import data
 import train
 from model import (AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_safetensors,
                    save_llama, write_safetensors)
-from teamlora import (METHODS, HydraLoRALinear, InputError, LoRALinear, TeamLoRALinear,
-                      adapter_layers, adapter_parameters, balance_loss, load_parameters, mean_usage, parameter_state)
+from teamlora import (METHODS, InputError, TeamLoRALinear,
+                      adapter_layers, adapter_parameters, balance_loss, load_parameters, mean_usage, parameter_state, published_loop)
 
 TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
                    num_key_value_heads=2, head_dim=10, rope_theta=500.0)     # head_dim unlike width / heads, odd vocabulary
@@ -50,22 +50,11 @@ def layer_of(method, E, dtype=torch.float64, n_in=11, n_out=7, rank=3, **more):
     return randomise(METHODS[method](n_in, n_out, rank=rank, n_experts=E, **more).to(dtype))
 
 
-def published_loop(layer, x):
-    """The equations of method.md, expert by expert: the slow reference for every method."""
-    E, r = layer.n_experts, layer.rank
-    z = x @ layer.lora_A.T
-    if isinstance(layer, LoRALinear):
-        w = torch.ones(*x.shape[:-1], E, dtype=x.dtype)
-    else:
-        w = torch.softmax(x @ layer.router.T, -1)
-    if type(layer) is TeamLoRALinear:
-        w = w + torch.stack([sum(w[..., i] * layer.interaction[i, j] for i in range(E)) for j in range(E)], -1)
-        w = E * w / w.sum(-1, keepdim=True)
-    y = x @ layer.weight.T
-    for e in range(E):
-        z_e = z if isinstance(layer, HydraLoRALinear) else z[..., e * r:(e + 1) * r]
-        y = y + layer.alpha / r * w[..., e:e + 1] * (z_e @ layer.lora_B[:, e * r:(e + 1) * r].T)
-    return y
+def weights_of(layer, x):
+    """What the layer reports as the weights of its experts."""
+    routing = []
+    layer(x, routing)
+    return routing[0]
 
 
 # ---- Is the layer the paper's equation?
@@ -124,14 +113,14 @@ def test_initial_values():
 def test_weights_sum_to_E_may_be_negative_and_are_fp32():
     """Catches clamped weights, a sum of 1, and routing in the base's bf16."""
     layer = layer_of("teamlora", 4, torch.float32)
-    w = layer.route(torch.randn(50, 11))
+    w = weights_of(layer, torch.randn(50, 11))
     assert torch.allclose(w.sum(-1), torch.full((50,), 4.0), atol=1e-5)
     with torch.no_grad():
         layer.interaction.zero_()[0, 1] = -0.9   # expert 0 speaks against expert 1
         layer.router.zero_()[0] = 1.0
-    assert layer.route(torch.full((1, 11), 0.3))[0, 1] < 0
-    assert layer.route(torch.randn(2, 11, dtype=torch.bfloat16)).dtype == torch.float32
-    assert layer.double().route(torch.randn(2, 11, dtype=torch.float64)).dtype == torch.float64
+    assert weights_of(layer, torch.full((1, 11), 0.3))[0, 1] < 0
+    assert layer.route(torch.randn(2, 4, dtype=torch.bfloat16)).dtype == torch.float32
+    assert weights_of(layer.double(), torch.randn(2, 11, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_normaliser_is_guarded():
@@ -141,7 +130,7 @@ def test_normaliser_is_guarded():
         with torch.no_grad():
             layer.interaction.zero_()[:, 0] = row_sum
         x = torch.randn(20, 11, requires_grad=True)
-        w, phi = layer.route(x), layer.softmax_weights(x)
+        w, phi = weights_of(layer, x), torch.softmax(x @ layer.router.T, -1)
         assert w.isfinite().all() and w.abs().max() <= 10 * 4 * 2
         assert (w[:, 1:].sign() == phi[:, 1:].sign()).all()
         layer(x).sum().backward()
@@ -173,7 +162,7 @@ def test_rivals_differ_only_in_what_they_should():
         layer = layer_of(method, E, torch.float32)
         sizes[method] = sum(p.numel() for p in layer.parameters() if p.requires_grad)
         total = {"teamlora": E, "lora": E}.get(method, 1)
-        assert torch.allclose(layer.route(x).sum(-1), torch.full((6,), float(total)), atol=1e-5), cls
+        assert torch.allclose(weights_of(layer, x).sum(-1), torch.full((6,), float(total)), atol=1e-5), cls
     both = E * r * (n_in + n_out)
     assert sizes == {"teamlora": both + E * n_in + E * E, "lora": both, "moelora": both + E * n_in,
                      "hydralora": r * n_in + E * r * n_out + E * n_in}
