@@ -131,7 +131,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.extend(self, k, v)                                          # (B, K, S, D)
         # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a mask would not
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+        causal = cache is None or q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
 
 
@@ -238,6 +239,12 @@ class Llama(nn.Module):
             first.k_proj.weight[shared_kv] = 0.5 * torch.outer(torch.cat((cos * 0 + 1, sin * 0)), shared)
             first.v_proj.weight[shared_kv] = carried
             first.o_proj.weight[:, own] = carried.T * std * math.sqrt(C / D)               # as long as an embedding
+
+    def compile_blocks(self, backend="inductor"):
+        """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with another for the
+        first block, whose input needs no gradient, and again for a single row."""
+        for block in self.model.layers:
+            block.compile(dynamic=True, backend=backend)
 
     def hidden(self, tokens, cache=None, want_routing=False):
         """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the experts' weights (L, B, T, E)."""
