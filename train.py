@@ -798,7 +798,7 @@ def training_memory(config, adapter, rows, length, dtype=torch.bfloat16, checkpo
         layer = sum(t.untyped_storage().nbytes() for t in kept.values())
     n_frozen = sum(p.numel() for p in frozen)
     n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
-    n_shared = (2 - config.tie_word_embeddings) * config.vocab_size * config.hidden_size
+    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size   # embeddings, head, norm
     n_logits = min(round(supervised * rows * length) * config.vocab_size, MAX_LOGITS)
     ffn = 3 * rows * length * config.intermediate_size * size
     return {"weights": (L * n_frozen + n_shared) * size, "adapters": 16 * L * n_trained,
