@@ -9,8 +9,8 @@ one small world of people, towns, animals and tools. `corpus` tells of the same 
 base model is made from it. No text is downloaded.
 
 What may surprise:
-- A question belongs to the test split or to training by its hash, so adapters never train on a test question, under
-  any seed. The base corpus is not kept off them yet. Closed-book tasks ask facts that the base has read, in wordings that training did not use for that fact.
+- A question belongs to training, validation or the test split by its hash, under any seed. The base corpus is kept off
+  the test questions too. Closed-book tasks ask facts that the base has read, in words that no training question used.
 - Prompt and answer are tokenised apart, and end-of-sequence is an id: sentencepiece never makes it of text.
 - Padding is masked by length, not by id: with pad = end-of-sequence a model would never learn to stop.
 
@@ -312,46 +312,49 @@ TASKS = {
 CHANCE = {task: chance for task, (_, chance, _) in TASKS.items()}
 
 
-def in_test(asked):
-    """Whether a question belongs to the test split: one in five, by its hash."""
-    return hashlib.sha256(asked.encode()).digest()[0] < 51
+def split_of(asked):
+    """The split a question belongs to, by its hash: one in five is for the test, one in ten for validation."""
+    byte = hashlib.sha256(asked.encode()).digest()[0]
+    return "test" if byte < 51 else "validation" if byte < 77 else "training"
 
 
-def draw(rng, task, test):
-    """A random row of the task from the wanted split."""
+def draw(rng, task, split):
+    """A random row of the task from a split."""
     make, _, instructions = TASKS[task]
     while True:
         asked, answer = make(rng)
-        if in_test(asked) == test:
+        if split_of(asked) == split:
             return Row(task, say(rng, instructions), asked, answer)
 
 
 def minicme(seed):
     """The training stream of MiniCME: i -> Row, tasks in turn, so that every step sees them evenly."""
     names = list(TASKS)
-    return lambda i: draw(random.Random(f"minicme {seed} {i}"), names[i % len(names)], test=False)
+    return lambda i: draw(random.Random(f"minicme {seed} {i}"), names[i % len(names)], "training")
 
 
-def minicme_test(n=100):
-    """The test split: task -> its first n distinct questions; fewer where a task has fewer. Independent of any seed."""
-    split = {}
+def minicme_held_out(split, n=100):
+    """A held-out split: task -> n distinct questions, or fewer where a task has fewer. Independent of any seed."""
+    held_out = {}
     for task in TASKS:
-        rng, rows = random.Random(f"test {task}"), {}
+        rng, rows = random.Random(f"{split} {task}"), {}
         for _ in range(20 * n):
             if len(rows) < n:
-                row = draw(rng, task, test=True)
+                row = draw(rng, task, split)
                 rows.setdefault(row.input, row)
-        split[task] = list(rows.values())
-    return split
+        held_out[task] = list(rows.values())
+    return held_out
 
 
-# ---- The base corpus: paragraphs of plain statements about that world, rng -> text
+# ---- The base corpus: paragraphs of plain statements about that world, rng -> (text, *the questions that it answers),
+# of which `corpus` draws another when a question is a test question
 
 def about_facts(rng):
     world = rng.choice((LIVES, LIVES, LANDS, NATURE, NATURE))
     subject = rng.choice(list(world))
     facts = world[subject]
-    return " ".join(say(rng, WORDINGS[a][0], s=subject, a=facts[a]) for a in rng.sample(list(facts), rng.randint(2, len(facts))))
+    told = rng.sample(list(facts), rng.randint(2, len(facts)))
+    return " ".join(say(rng, WORDINGS[a][0], s=subject, a=facts[a]) for a in told),
 
 
 def about_choices(rng):
@@ -360,43 +363,44 @@ def about_choices(rng):
     if style == 3:
         asked, listed, letter, right = choices(rng)
         return say(rng, "{q} {l}. It is {r}, so the answer is {x}.|{p} read {l}. {q} The answer is {x}, that is {r}.|"
-                   "{q} {l}. The right letter is {x}.", p=rng.choice(PEOPLE), q=asked, l=listed, x=letter, r=right)
+                   "{q} {l}. The right letter is {x}.", p=rng.choice(PEOPLE), q=asked, l=listed, x=letter, r=right
+                   ), f"{asked} {listed}"
     words = dict(zip(rng.sample(rng.choice((TOWNS, GOODS, COLOURS)), 3), "ABC"))
     return " ".join(f"({x}) {w}" for w, x in words.items()) + ". " + " ".join(
         ("{w} {x}.", "{w} is {x}.", "It is {w}, so the answer is {x}.")[style].format(w=w, x=words[w])
-        for w in rng.sample(list(words), 3) + [rng.choice(list(words))])
+        for w in rng.sample(list(words), 3) + [rng.choice(list(words))]),
 
 
 def about_tools(rng):
     return say(rng, "{p} used the {t} to {g}.|To {g}, {p} needs the {t}.|{p} wants to {g}, so {s} should use the {t}.|"
                "{p} wants to {g}. There were the {a}, the {b} and the {c}. {s} took the {t}.|"
-               "To {g}, does one need the {a}, the {b} or the {c}? The right tool is the {t}.", **need(rng))
+               "To {g}, does one need the {a}, the {b} or the {c}? The right tool is the {t}.", **need(rng)),
 
 
 def about_opinions(rng):
     text, good = opinion(rng)
     return text + " " + say(rng, "So {p} was {m}.|It was a {n} review.|{p} told a {n} story about it.", p=rng.choice(PEOPLE),
-                            m=rng.choice(("glad", "happy") if good else ("sad", "angry")), n="positive" if good else "negative")
+                            m=rng.choice(("glad", "happy") if good else ("sad", "angry")), n="positive" if good else "negative"), text
 
 
 def about_scenes(rng):
-    facts, _, asked, answer = situation(rng)
-    q = other(rng, PEOPLE, *(f[0] for f in facts))
+    facts, direct, asked, answer = situation(rng)
+    text, q = tell_all(rng, facts), other(rng, PEOPLE, *(f[0] for f in facts))
     lines = [say(rng, "{q} asked {w}. The answer was {a}.|Then we know {w}: {a}.", q=q, w=asked, a=answer),
              tell(rng, *rng.choice(facts)) + "."]
     for c, label in (claim(rng, facts) for _ in range(4)):
         lines.append(say(rng, "{q} asked if {c}. The answer was {l}.|Does it say that {c}? {l}.|{c}? {l}.", q=q, c=tell(rng, *c),
                          l=label))
-    return tell_all(rng, facts) + rng.choice(" \n") + " ".join(rng.sample(lines, 4))
+    return text + rng.choice(" \n") + " ".join(rng.sample(lines, 4)), f"{text}\n{direct}"
 
 
 def about_sameness(rng):
     """Words, verbs with their synonyms, then events in few words or in full, and whether the next one says the same."""
-    style = rng.randrange(3)
+    style = rng.choice((0, 1, 2, 2))             # half of the last are drawn again
     if style == 0:
         pairs = [(w, w) if rng.random() < 0.5 else rng.sample(WORDS, 2) for w in rng.sample(WORDS, 3)]
         pairs += [(v, VERBS[v if rng.random() < 0.5 else other(rng, VERBS, v)]) for v in rng.sample(list(VERBS), 3)]
-        return " ".join(f"{a} {b} {'same' if a == b or VERBS.get(a) == b else 'different'}." for a, b in pairs)
+        return " ".join(f"{a} {b} {'same' if a == b or VERBS.get(a) == b else 'different'}." for a, b in pairs),
 
     def told(e):
         return f"{e['p']} {rng.choice((e['v'], VERBS[e['v']]))} {e['o']}." if style == 1 else report(rng, e)
@@ -405,12 +409,12 @@ def about_sameness(rng):
     for same in rng.choices((True, False), k=5 - style):
         lines += [told(e if same else twist(rng, e)), ("{w}." if style == 1 else rng.choice(
             ("That is {w}.", "The two sentences are {w}."))).format(w="same" if same else "different")]
-    return " ".join(lines)
+    return " ".join(lines), *(f"{lines[0]}\n{then}" for then in lines[1::2])
 
 
 def about_sightings(rng):
     """Names and kinds, then who saw what, told in few words or in full, and claims about it."""
-    style, lines = rng.randrange(3), []
+    style, lines, asked = rng.choice((0, 1, 2, 2)), [], []       # half of the last are drawn again
     for _ in range((6, 3, 1)[style]):
         p, name, claimed = sighting(rng)
         lines.append(("", f"{p} {name}.", say(rng, "{p} saw {a} in the {l}.|In the {l} {p} saw {a}.", p=p, a=article(name),
@@ -419,18 +423,19 @@ def about_sightings(rng):
             if style == 0:
                 label = "true" if kind == KIND_OF[name] else "false"
             lines.append((f"{name} {kind} {label}.", f"{q} {kind} {label}.", f"{q} saw {article(kind)}. This is {label}.")[style])
-    return " ".join(filter(None, lines))
+            asked.append(f"{lines[0]}\n{q} saw {article(kind)}.")
+    return " ".join(filter(None, lines)), *asked
 
 
 def about_stories(rng):
     text, short = summarisation(rng)
-    return text + rng.choice(" \n") + say(rng, "In short: |In one sentence: |To sum up, ") + short
+    return text + rng.choice(" \n") + say(rng, "In short: |In one sentence: |To sum up, ") + short, text
 
 
 def about_reasons(rng):
     text, why, who = reason(rng)
     return text + rng.choice(" \n") + say(rng, "The one who {why} was {who}.|Who {why}? The name is {who}.|"
-                                          "The sentence is about {who}, who {why}.", why=why, who=who)
+                                          "The sentence is about {who}, who {why}.", why=why, who=who), f"{text}\nWho {why}?"
 
 
 def about_talk(rng):
@@ -442,13 +447,13 @@ def about_talk(rng):
                "{Do} it, {p}, said {q}.|Does it belong to {p}? Then {q} did find it.", p=p, q=q,
                do=do, Do=do.capitalize(),
                w=rng.choice("question,answer,story,review,text,sentence,letter,name,fact,word,tool".split(","))
-               + rng.choice(("", " about nature", " about these tools", " in short", " with one word", " in the text")))
+               + rng.choice(("", " about nature", " about these tools", " in short", " with one word", " in the text"))),
 
 
 def copying(rng):
     """A list of words, said two or three times."""
     words = rng.sample(WORDS, rng.randint(3, 10))
-    return rng.choice(" \n").join([" ".join(words)] * rng.randint(2, 3))
+    return rng.choice(" \n").join([" ".join(words)] * rng.randint(2, 3)),
 
 
 def table(rng):
@@ -458,7 +463,7 @@ def table(rng):
     def line(p, relation, what):
         return tell(rng, p, relation, what) if style == 3 else \
             f"{p}{('', ' the', ' in the' if relation == 'in' else ' has the')[style]} {what}"
-    facts = scene(rng, rng.randint(2, 6))
+    facts = scene(rng, rng.randint(3 if style == 3 else 2, 6))   # two in full would be a question of `inference`
     return facts, line, ". ".join(line(*f) for f in facts) + ". "
 
 
@@ -466,17 +471,18 @@ def recalling(rng):
     """A table, said again in another order or from its other end."""
     facts, line, text = table(rng)
     again = [f for _ in range(2) for f in rng.sample(facts, len(facts))]
-    return text + ". ".join([line(*f) for f in again] if rng.random() < 0.6 else [f"The {what} {p}" for p, _, what in again]) + "."
+    return text + ". ".join([line(*f) for f in again] if rng.random() < 0.6 else
+                            [f"The {what} {p}" for p, _, what in again]) + ".",
 
 
 def judging(rng):
     """Claims about a table or a list; of strangers a table says nothing."""
     if rng.random() < 0.5:
         facts, line, text = table(rng)
-        return text + " ".join(f"{line(*f)}? {label}." for f, label in (claim(rng, facts) for _ in range(5)))
+        return text + " ".join(f"{line(*f)}? {label}." for f, label in (claim(rng, facts) for _ in range(5))),
     words = rng.sample(WORDS, rng.randint(3, 10))
     asked = [rng.choice(words) if rng.random() < 0.5 else other(rng, WORDS, *words) for _ in range(6)]
-    return " ".join(words) + ". " + ", ".join(f"{w} {'yes' if w in words else 'no'}" for w in asked)
+    return " ".join(words) + ". " + ", ".join(f"{w} {'yes' if w in words else 'no'}" for w in asked),
 
 
 STATEMENTS = 4 * (about_facts,) + 3 * (about_scenes,) + 2 * (about_choices, about_sameness, about_sightings, about_stories) + \
@@ -489,13 +495,21 @@ LESSONS = ((2000, 0.0, (copying,)), (9000, 0.05, (copying, recalling, recalling)
 N_LESSONS = 20000                                # from here on the mixture stays the same
 
 
+def paragraph(rng, make):
+    """Text of a paragraph that answers no test question."""
+    while True:
+        text, *asked = make(rng)
+        if "test" not in map(split_of, asked):
+            return text
+
+
 def corpus(seed):
     """The base corpus as a stream: i -> Row with an empty prompt, three paragraphs of statements or exercises each."""
     def row(i):
         rng = random.Random(f"corpus {seed} {i}")
         share, exercises = next((s, e) for end, s, e in LESSONS if i < end)
-        return Row("corpus", "", "", "\n".join(rng.choice(STATEMENTS if rng.random() < share else exercises)(rng)
-                                               for _ in range(3)))
+        return Row("corpus", "", "", "\n".join(
+            paragraph(rng, rng.choice(STATEMENTS if rng.random() < share else exercises)) for _ in range(3)))
     return row
 
 
@@ -550,11 +564,12 @@ def read_objects(file):
         raise InputError(f"{file}: byte {e.start} is not UTF-8") from None
 
 
-def hold_out(rows, share):
+def hold_out(rows, share, salt=""):
     """(training rows, held-out rows): about `share` of every task, by a hash of the prompt, so that equal prompts never
-    part and adding rows moves none. Raises InputError if one side is left empty."""
+    part and adding rows moves none; another salt holds out others. Raises InputError if one side is left empty."""
     limit = share * 2 ** 32
-    held = [int.from_bytes(hashlib.sha256(f"{r.instruction}\n{r.input}".encode()).digest()[:4], "big") < limit for r in rows]
+    held = [int.from_bytes(hashlib.sha256(f"{salt}{r.instruction}\n{r.input}".encode()).digest()[:4], "big") < limit
+            for r in rows]
     train, val = [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
     if not train or not val:
         raise InputError(f"holding out {share:.0%} of {len(rows)} rows leaves {len(train)} for training and {len(val)} for "

@@ -87,14 +87,14 @@ def fp32(x):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistics in fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight (arXiv 1910.07467); rms_norm itself computes the statistics in fp32."""
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return F.rms_norm(fp32(x), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
 def rotary_tables(config, start, stop, device):

@@ -22,6 +22,7 @@ L adapted layers.
 """
 
 import math
+from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
@@ -47,6 +48,8 @@ class TeamLoRALinear(nn.Linear):
     interaction (E, E). `weight` keeps its name, so a checkpoint of the plain layer loads as it is.
     Raises InputError if rank or n_experts is below 1 or dropout is outside [0, 1).
     """
+
+    change_weights = None                        # set by `restricted` alone: w -> w, after the competition
 
     def __init__(self, in_features, out_features, bias=False, *, rank=8, n_experts=4, alpha=16.0, dropout=0.0):
         super().__init__(in_features, out_features, bias)
@@ -94,6 +97,8 @@ class TeamLoRALinear(nn.Linear):
         narrow = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
         z, logits = F.linear(x, narrow.to(x.dtype)).tensor_split((len(self.lora_A),), -1)
         w = self.route(logits)                                                       # (B*T, E)
+        if self.change_weights:
+            w = self.change_weights(w)
         if routing is not None:
             routing.append(w.view(*shape, -1))
         z = F.dropout(z, self.dropout, self.training)
@@ -213,3 +218,87 @@ def load_parameters(parameters, state):
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
+
+
+# ---- What one can ask of the experts of a trained model
+
+@contextmanager
+def restricted(model, change):
+    """Inside this block the weights w (..., E) of every adapted layer are change(w): see `only` and `top`."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    for layer in layers:
+        layer.change_weights = change
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.change_weights = None
+
+
+def only(experts):
+    """Switch all experts off but these: their weights stay as they are, the others become 0."""
+    def change(w):
+        kept = torch.zeros_like(w)
+        kept[..., list(experts)] = w[..., list(experts)]
+        return kept
+    return change
+
+
+def top(k):
+    """Keep the k largest weights of every token, scaled so that its weights sum to what they did."""
+    def change(w):
+        largest = w.topk(k, -1)
+        kept = torch.zeros_like(w).scatter(-1, largest.indices, largest.values)
+        return kept * (w.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
+    return change
+
+
+def coalition(index):
+    """The experts of coalition number `index` of 2^E: expert e takes part if bit e is set."""
+    return [e for e in range(index.bit_length()) if index >> e & 1]
+
+
+def shapley_values(value):
+    """Exact Shapley value of each expert: value (2^E, ...) of all coalitions -> (E, ...).
+
+    phi_e = sum over S without e of |S|! (E - |S| - 1)! / E! (v(S + e) - v(S)); they sum to v(all) - v(none).
+    """
+    E = len(value).bit_length() - 1
+    return torch.stack([sum((value[S | 1 << e] - value[S]) / (E * math.comb(E - 1, S.bit_count()))
+                            for S in range(2 ** E) if not S >> e & 1) for e in range(E)])
+
+
+def shapley_interactions(value):
+    """Shapley interaction index of each pair of experts (Grabisch and Roubens, 1999): (2^E, ...) -> (E, E, ...).
+
+    Above 0 a pair is worth more together than apart, below 0 they replace each other; the diagonal is 0.
+    """
+    E = len(value).bit_length() - 1
+    index = value.new_zeros(E, E, *value.shape[1:])
+    for i in range(E):
+        for j in range(i):
+            both = 1 << i | 1 << j
+            index[i, j] = index[j, i] = sum(
+                (value[S | both] - value[S | 1 << i] - value[S | 1 << j] + value[S]) / (
+                    (E - 1) * math.comb(E - 2, S.bit_count())) for S in range(2 ** E) if not S & both)
+    return index
+
+
+def distribution(usage):
+    """Weights (..., E) as shares of the experts: negative ones count as 0, and the shares sum to 1."""
+    p = usage.clamp(min=0)
+    return p / p.sum(-1, keepdim=True)
+
+
+def entropy(p):
+    """Entropy of shares (..., E) in bits: log2 E if the experts are used evenly, 0 if one does all."""
+    return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
+
+
+def mutual_information(usage, groups):
+    """Bits that the chosen expert tells about the group: usage (N, L, E), groups (N,) -> mean over layers.
+
+    I = entropy of the mean over groups - mean over groups of their entropy, all groups weighing the same.
+    """
+    p = torch.stack([distribution(usage[groups == g]).mean(0) for g in groups.unique()])   # (groups, L, E)
+    return (entropy(p.mean(0)) - entropy(p).mean(0)).mean()

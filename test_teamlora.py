@@ -20,8 +20,9 @@ import data
 import train
 from model import (AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_safetensors,
                    save_llama, write_safetensors)
-from teamlora import (METHODS, InputError, TeamLoRALinear,
-                      adapter_layers, adapter_parameters, balance_loss, load_parameters, mean_usage, parameter_state, published_loop)
+from teamlora import (METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters, balance_loss,
+                      distribution, entropy, load_parameters, mean_usage, mutual_information, only, parameter_state,
+                      published_loop, restricted, shapley_interactions, shapley_values, top)
 
 TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
                    num_key_value_heads=2, head_dim=10, rope_theta=500.0)     # head_dim unlike width / heads, odd vocabulary
@@ -499,7 +500,7 @@ def tokenizer(tmp_path_factory):
 
 def test_minicme_has_eleven_tasks_and_never_trains_on_test_questions():
     """Catches leakage under any seed, and a split that depends on luck."""
-    split = data.minicme_test(60)
+    split = data.minicme_held_out("test", 60)
     asked = {(task, row.input) for task, rows in split.items() for row in rows}
     assert len(split) == 11 and len(asked) == 11 * 60
     for seed in (0, 1):
@@ -507,13 +508,16 @@ def test_minicme_has_eleven_tasks_and_never_trains_on_test_questions():
         rows = [stream(i) for i in range(5000)]
         assert not asked & {(r.task, r.input) for r in rows}
         assert Counter(r.task for r in rows).keys() == split.keys()
-    assert split == data.minicme_test(60) and data.minicme(3)(17) == data.minicme(3)(17) != data.minicme(4)(17)
+    corpus = data.corpus(1)                      # nor does the base read them, whatever separates their sentences
+    read = " ".join(" ".join(corpus(i).output.split()) for i in range(0, 2 * data.N_LESSONS, 4))
+    assert not [q for _, q in asked if " ".join(q.split()) in read]
+    assert split == data.minicme_held_out("test", 60) and data.minicme(3)(17) == data.minicme(3)(17) != data.minicme(4)(17)
 
 
 def test_cheap_tricks_do_not_solve_minicme():
     """Catches a task that the majority answer, the last word, or a random one of its words nearly solves."""
     rng = random.Random(0)
-    for task, rows in data.minicme_test(300).items():
+    for task, rows in data.minicme_held_out("test", 300).items():
         chance = data.CHANCE[task]
         majority = Counter(r.output for r in rows).most_common(1)[0][1] / len(rows)
         words = [[w.strip(".?,") for w in r.input.split()] for r in rows]
@@ -902,3 +906,157 @@ def test_every_flag_has_help(capsys):
     assert stop.value.code == 0
     for f in train.fields(train.Config):
         assert f"--{f.name}" in text and len(f.metadata["help"]) > 10
+
+
+# ---- Are comparisons fair, and do the experts' values mean what they say?
+
+def test_collaboration_is_moelora_with_its_A_matrices_stacked():
+    """Catches a shared A that is more or less than one A per expert: MoELoRA written with E separate adapters."""
+    layer = layer_of("moelora", 4)
+    x = torch.randn(6, 11, dtype=torch.float64)
+    A, B = layer.lora_A.split(3), layer.lora_B.split(3, dim=1)
+    g = torch.softmax(x @ layer.router.T, -1)
+    separate = sum(g[:, e:e + 1] * (x @ A[e].T @ B[e].T) for e in range(4))
+    assert torch.allclose(layer(x), x @ layer.weight.T + layer.alpha / 3 * separate, atol=1e-12)
+
+
+def test_shapley_values_of_known_games():
+    """Catches wrong coalition weights: efficiency, symmetry, a null player, additivity, and games solved by hand."""
+    def game(E, v):
+        return torch.tensor([float(v({e for e in range(E) if S >> e & 1})) for S in range(2 ** E)], dtype=torch.float64)
+
+    gloves = game(3, lambda S: 0 in S and bool(S & {1, 2}))                # one left glove, two right ones
+    assert torch.allclose(shapley_values(gloves), torch.tensor([4, 1, 1], dtype=torch.float64) / 6)
+    airport = game(3, lambda S: max([0, *(c for e, c in enumerate((1, 2, 3)) if e in S)]))
+    assert torch.allclose(shapley_values(airport), torch.tensor([2, 5, 11], dtype=torch.float64) / 6)
+    null = game(4, lambda S: len(S - {2}) ** 2)
+    value = shapley_values(null)
+    assert value[2] == 0 and torch.allclose(value[[0, 1, 3]], torch.full((3,), 3.0, dtype=torch.float64))
+    random_game = torch.randn(32, 5, dtype=torch.float64)                  # five games at once
+    value = shapley_values(random_game)
+    assert value.shape == (5, 5) and torch.allclose(value.sum(0), random_game[-1] - random_game[0])
+    assert torch.allclose(shapley_values(random_game * 2 + random_game.flip(1)), value * 2 + value.flip(1))
+
+
+def test_shapley_interactions_of_known_games():
+    """Catches a sign or weight in the index: pairs that need each other, replace each other, or do not meet."""
+    together = torch.tensor([0., 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)         # 1 where experts 0 and 1 are in
+    either = torch.tensor([0., 1, 1, 1, 0, 1, 1, 1], dtype=torch.float64)
+    for value, sign in ((together, 1), (either, -1)):
+        index = shapley_interactions(value)
+        assert index[0, 1] == index[1, 0] == sign and index.abs().sum() == 2
+    assert shapley_interactions(torch.arange(16.).double()).abs().max() == 0         # additive: 1, 2, 4, 8
+
+
+def test_experts_switched_off_add_nothing_and_come_back():
+    """Catches a mask that does not reach every layer, one that outlives its block, and a twin not worth the same."""
+    model = tiny(dtype=torch.float64, targets=("down_proj", "q_proj"))
+    x = torch.randint(0, 101, (2, 9))
+    whole, bare = model(x), tiny("full", dtype=torch.float64)
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if k in bare.state_dict()})
+    with restricted(model, only([])):
+        assert torch.equal(model(x), bare(x))
+    with restricted(model, only(range(4))):
+        assert torch.equal(model(x), whole)
+    with pytest.raises(KeyError), restricted(model, only([1])):
+        assert not torch.allclose(model(x), whole)
+        raise KeyError
+    assert torch.equal(model(x), whole)
+    for _, layer in adapter_layers(model):
+        with torch.no_grad():                    # expert 3 dead, expert 1 a twin of expert 0, and M blind to which is which
+            layer.lora_B[:, 9:] = 0
+            for p in (layer.lora_A, layer.router):
+                n = len(p) // 4
+                p[n:2 * n] = p[:n]
+            layer.lora_B[:, 3:6] = layer.lora_B[:, :3]
+            layer.interaction.zero_()
+    values = []
+    for S in range(16):
+        with restricted(model, only([e for e in range(4) if S >> e & 1])):
+            values.append(-F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
+    worth = shapley_values(torch.stack(values).detach())
+    assert worth[3] == 0 and torch.isclose(worth[0], worth[1], rtol=1e-10) and not torch.isclose(worth[0], worth[2])
+
+
+def test_top_k_keeps_the_largest_weights_and_their_sum():
+    """Catches a top-k over the wrong axis, one that rescales wrongly, and one that lets a small weight pass."""
+    w = torch.tensor([[0.5, 2.0, 1.6, -0.1], [1.0, 0.9, 1.1, 1.0]])
+    assert torch.allclose(top(1)(w), torch.tensor([[0, 4.0, 0, 0], [0, 0, 4.0, 0]]))
+    assert torch.allclose(top(2)(w)[0], torch.tensor([0, 2.0, 1.6, 0]) * 4 / 3.6) and torch.allclose(top(4)(w), w)
+
+
+def test_load_and_specialisation_statistics():
+    """Catches entropy in nats, negative weights counted, and information where experts ignore the task."""
+    assert torch.allclose(entropy(torch.tensor([[0.25] * 4, [0, 0, 1.0, 0]])), torch.tensor([2.0, 0]))
+    assert torch.equal(distribution(torch.tensor([3.0, -2.0, 1.0])), torch.tensor([0.75, 0, 0.25]))
+    groups = torch.tensor([0, 0, 1, 1])
+    apart, alike = torch.eye(2)[groups][:, None], torch.full((4, 1, 2), 0.5)         # (N, L, E)
+    assert mutual_information(apart, groups) == 1 and mutual_information(alike, groups) == 0
+
+
+def test_variants_are_of_one_size_and_one_effective_scale():
+    """Catches a comparison that gives a method more parameters, or another alpha / r, than its rivals."""
+    cfg = train.Config(rank=8)
+    model_config = LlamaConfig(vocab_size=1280, hidden_size=128, intermediate_size=336, num_hidden_layers=2,
+                               num_attention_heads=4, num_key_value_heads=4, head_dim=32)
+    variants, size = train.variants(cfg, model_config), {}
+    for name, settings in variants.items():
+        one = train.replace(cfg, **settings)
+        model = Llama(model_config, one.adapter)
+        size[name] = sum(p.numel() for p in train.trained(model).values())
+        factor = {"moelora_sum_E": 4, "hydralora_sum_E": 4, "teamlora_sum_1": 0.25}.get(name, 1)
+        assert one.alpha / one.rank == pytest.approx(factor * cfg.alpha / cfg.rank)
+    for name in ("lora", "moelora", "hydralora", "moelora_sum_E", "hydralora_sum_E", "teamlora_sum_1"):
+        assert abs(size[name] / size["teamlora"] - 1) < 0.02, name
+    layers = [METHODS[variants[n]["method"]](6, 5, n_experts=4, rank=3, alpha=a) for n, a in
+              (("moelora_sum_E", 64.0), ("moelora", 16.0))]
+    layers[1].load_state_dict(randomise(torch.nn.Sequential(layers[0]))[0].state_dict())
+    x = torch.randn(2, 6)                        # four times alpha is four times the weights
+    assert torch.allclose(layers[0](x) - F.linear(x, layers[0].weight), 4 * (layers[1](x) - F.linear(x, layers[1].weight)),
+                          atol=1e-5)
+
+
+def test_paired_interval_and_rank_correlation():
+    """Catches a normal instead of Student's t, an unpaired deviation, and ranks that mishandle ties."""
+    d, half = train.interval([0.01, 0.03, 0.02, 0.02, 0.02])
+    assert d == pytest.approx(0.02) and half == pytest.approx(2.776 * 0.0070711 / 5 ** 0.5, rel=2e-3)
+    assert train.interval([0.5]) == (0.5, None)
+    a = torch.tensor([1.0, 2.0, 3.0, 9.0])
+    assert train.rank_correlation(a, a ** 3) == pytest.approx(1) and train.rank_correlation(a, -a) == pytest.approx(-1)
+    assert train.rank_correlation(a, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.8944, abs=1e-4)
+
+
+def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
+    """Catches a rate chosen on test questions, a best rate at the edge left there, and finished runs made again."""
+    (tmp_path / "base").symlink_to(finished[0] / "base")
+    flags = SMALL + ["--mode=compare", f"--out_dir={tmp_path}", "--steps=2", "--seeds=0,1"]
+    table = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2"])
+    rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    for name, chosen in table.items():
+        sweep = [r for r in rows if r["variant"] == name and r["seed"] == 0]
+        best = max(r["val_accuracy"] for r in sweep)
+        rates = sorted(r["learning_rate"] for r in sweep)
+        assert len(chosen) == 2 and chosen[0]["val_accuracy"] == best and len(sweep) >= 3
+        assert chosen[0]["learning_rate"] not in (rates[0], rates[-1]) or len(sweep) == 5 or sum(
+            r["val_accuracy"] == best for r in sweep) > 1
+        assert chosen[0]["accuracy"].keys() == data.TASKS.keys()
+    assert "task_information" in table["teamlora"][0] and "task_information" not in table["lora"][0]
+    assert "0.0" in capsys.readouterr().out
+    before = (tmp_path / "compare.jsonl").read_text()
+    again = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2"])
+    assert again == table and (tmp_path / "compare.jsonl").read_text() == before
+    with pytest.raises(SystemExit, match="error: --methods: 'nonsense' is none of lora,"):
+        train.main(flags + ["--methods=nonsense"])
+
+
+def test_shapley_mode_explains_the_whole_gain(finished, capsys):
+    """Catches coalitions that are not what they are called: values must sum to v(all) - v(none) for every task."""
+    out, _ = finished
+    result = train.main(["--mode=shapley", f"--out_dir={out}", "--device=cpu"])
+    full = train.main(["--mode=eval", f"--out_dir={out}", "--device=cpu"])
+    bare = train.main(["--mode=eval", "--method=none", f"--out_dir={out}", "--device=cpu", "--val_examples=3"])
+    for key, sign in (("accuracy", 1), ("loss", -1)):
+        gain = torch.tensor([sign * (full[t][key] - bare[t][key]) for t in data.TASKS], dtype=torch.float64)
+        assert torch.allclose(result["shapley"][key].sum(1), gain, atol=1e-6)
+    assert result["value"]["loss"].shape == (16, 11) and (out / "shapley.json").is_file()
+    assert "mean weight of the router" in capsys.readouterr().out

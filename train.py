@@ -5,6 +5,8 @@
     python train.py --init_from=FOLDER --data=FILE,FOLDER     a real Llama on your own instructions
     python train.py --mode=eval                               the numbers of out/adapter.pt again
     python train.py --mode=sample --prompt="..."              one answer
+    python train.py --mode=compare                            methods side by side, on equal terms
+    python train.py --mode=shapley                            what each expert of out/adapter.pt is worth
     python train.py --mode=bench --size=smollm2-135m          what a step costs, beside the frozen base and the rivals
 
 The idea: without --init_from the run first makes its own base model and saves it as an ordinary Llama folder; from
@@ -38,10 +40,11 @@ import torch
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, rotary_tables,
-                   save_llama)
-from teamlora import (InputError, adapter_layers, balance_loss, load_parameters, mean_usage, parameter_state,
-                      published_loop)
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, read_config,
+                   rotary_tables, save_llama)
+from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
+                      mean_usage, mutual_information, only, parameter_state, published_loop, restricted,
+                      shapley_interactions, shapley_values, top)
 
 
 # ---- Configuration: a field is a flag
@@ -52,7 +55,9 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt) or bench")
+    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt), compare "
+                              "(methods side by side), shapley (the worth of each expert of out_dir/adapter.pt) or bench "
+                              "(what a step costs)")
     out_dir: str = flag("out", "folder for everything a run writes")
     init_from: str = flag("", "folder of a real Llama in Hugging Face's layout; empty: make the small built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
@@ -87,6 +92,12 @@ class Config:
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
+    methods: tuple = flag(("lora", "moelora", "hydralora", "teamlora", "full"), "of --mode=compare: what to compare; "
+                          "all: with the ablations and other sizes")
+    seeds: tuple = flag((0, 1, 2, 3, 4), "of --mode=compare: seeds; the learning rate is chosen with the first")
+    learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
+                                 "best is at the edge, the next beyond it is tried too")
+    plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
     size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong name lists all")
     bench_layers: int = flag(0, "of --mode=bench: use only so many layers; 0: all")
     bench: tuple = flag(("2", "4", "8", "spread", "growth"), "of --mode=bench: numbers of experts for all methods; spread over E at "
@@ -104,6 +115,8 @@ class Config:
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
+# settings of a whole comparison, which shape none of its runs
+OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what an adapter fixes for later use, and what may change when a run is resumed
 OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "compile", "device",
@@ -122,13 +135,19 @@ def parse_flags(argv):
             raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
         return text.lower() == "true"
 
+    def listed(kind):
+        def values(text):
+            return tuple(map(kind, text.split(",")))
+        values.__name__ = f"list of {kind.__name__}"             # argparse names it in its errors
+        return values
+
     parser = Parser(prog="train.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Config):
         kind = type(f.default)
-        shown = ",".join(f.default) if kind is tuple else f.default
+        shown = ",".join(map(str, f.default)) if kind is tuple else f.default
         options = {"nargs": "?", "const": True, "type": boolean} if kind is bool else {
-            "type": (lambda text: tuple(text.split(","))) if kind is tuple else kind}
+            "type": listed(type(f.default[0])) if kind is tuple else kind}
         parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
                             help=f"{f.metadata['help'].replace('%', '%%')} [{shown}]", **options)
     return vars(parser.parse_args(argv))
@@ -136,7 +155,7 @@ def parse_flags(argv):
 
 def check(cfg):
     """Refuse settings that cannot work, before anything is read or written."""
-    for name, allowed in (("mode", ("train", "eval", "sample", "bench")), ("device", ("auto", "cpu", "cuda")),
+    for name, allowed in (("mode", tuple(MODES)), ("device", ("auto", "cpu", "cuda")),
                           ("dtype", ("auto", "float32", "bfloat16")), ("size", tuple(SIZES))):
         if getattr(cfg, name) not in allowed:
             raise InputError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")
@@ -159,6 +178,9 @@ def check(cfg):
         raise InputError(f"--base_width must be a multiple of 32, not {cfg.base_width}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to run on the CPU")
+    for name in ("seeds", "learning_rates"):
+        if len(set(getattr(cfg, name))) < len(getattr(cfg, name)) or not all(0 <= x < math.inf for x in getattr(cfg, name)):
+            raise InputError(f"--{name} must be distinct and not negative, not {getattr(cfg, name)}")
     if cfg.mode == "train" and cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
     if cfg.mode == "sample" and not cfg.prompt:
@@ -195,8 +217,8 @@ def make_optimizers(model, cfg):
 
 
 def make_base_optimizers(model, cfg):
-    """Muon for the matrices inside the base, AdamW for embedding and norms: with AdamW alone the base had learnt to copy
-    a list in hardly one case of ten after 350 steps, with Muon in nearly all after 250."""
+    """Muon for the matrices inside the base, AdamW for embedding and norms: under AdamW alone it learns too slowly to copy
+    lists, let alone to look things up, within minutes."""
     inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     outer = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
     return [torch.optim.Muon(inner, lr=cfg.base_learning_rate, weight_decay=0.1),
@@ -285,29 +307,33 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
 
 @torch.no_grad()
 def evaluate(model, split, max_tokens, name="evaluate"):
-    """task -> {accuracy, loss, tokens, usage}, each task's examples in full, always the same ones.
+    """task -> {accuracy, loss, tokens, weights, entropy, usage}, each task's examples in full, always the same ones.
 
     accuracy: share of examples whose whole answer greedy decoding would produce; loss: mean over supervised tokens;
-    usage: mean weight of each expert over layers and tokens (E numbers), empty where nothing routes.
+    weights (N, L, E): mean weight of each expert over an example's tokens; entropy: of a token's weights, in bits, mean
+    over layers and tokens; usage: mean of `weights` over N and L (E numbers). Empty where nothing routes.
     """
     model.eval()
     device, results = next(model.parameters()).device, {}
     routed = bool(adapter_layers(model))
     with tqdm(total=sum(map(len, split.values())), desc=name, unit="example", dynamic_ncols=True, mininterval=1) as bar:
         for task, examples in split.items():
-            hits, loss, tokens, usage, n_usage = 0, 0.0, 0, 0.0, 0
+            hits, loss, tokens, weights, bits = 0, 0.0, 0, [], []
             for batch in data.cut(examples, max_tokens):
                 x, y, m = (t.to(device) for t in data.collate(batch))
                 hidden, routing = model.hidden(x, want_routing=routed)
                 losses, hit = model.token_losses(hidden, y)
                 loss, tokens = loss + losses.sum().item(), tokens + losses.numel()
                 hits += sum(h.all().item() for h in hit.split((y >= 0).sum(1).tolist()))
-                if routed:
-                    n = m.sum().item()
-                    usage, n_usage = usage + mean_usage(routing, m).mean(0) * n, n_usage + n
+                if routed:                       # (L, B, T, E)
+                    weights.append(((routing * m[..., None]).sum(2) / m.sum(1)[:, None]).transpose(0, 1).cpu())
+                    bits.append(entropy(distribution(routing))[:, m].mean(0).cpu())
                 bar.update(len(batch))
-            results[task] = {"accuracy": hits / len(examples), "loss": loss / tokens, "tokens": tokens,
-                             "usage": (usage / n_usage).tolist() if routed else []}
+            results[task] = {"accuracy": hits / len(examples), "loss": loss / tokens, "tokens": tokens, "usage": []}
+            if routed:
+                weights = torch.cat(weights)                                         # (N, L, E)
+                results[task] |= {"weights": weights, "entropy": torch.cat(bits).mean().item(),
+                                  "usage": weights.mean((0, 1)).tolist()}
     return results
 
 
@@ -321,6 +347,11 @@ def val_loss(results):
     return sum(r["loss"] * r["tokens"] for r in results.values()) / sum(r["tokens"] for r in results.values())
 
 
+def shade(x, low, high):
+    """A character that is the darker the nearer x comes to `high`."""
+    return " ░▒▓█"[round(4 * (x - low) / (high - low))] if high > low else "░"
+
+
 def print_results(results, chance, before=None):
     """One line per task: chance, accuracy before and after, loss, and the mean weight of each expert as a shade."""
     usage = [w for r in results.values() for w in r["usage"]]
@@ -328,8 +359,7 @@ def print_results(results, chance, before=None):
     width = max(map(len, [*results, "mean"])) + 2
     print(f"\n{'task':{width}}{'chance':>8}{'before':>8}{'after':>8}{'loss':>8}" + ("   weight of each expert" if usage else ""))
     for task, r in results.items():
-        cells = "".join("  " + " ░▒▓█"[round(4 * (w - low) / (high - low))] * 2 + f" {w:.2f}" if high > low else f"  {w:.2f}"
-                        for w in r["usage"])
+        cells = "".join(f"  {2 * shade(w, low, high)} {w:.2f}" for w in r["usage"])
         old = f"{before[task]['accuracy']:8.3f}" if before else f"{'-':>8}"
         guess = f"{chance[task]:8.3f}" if task in chance else f"{'-':>8}"
         print(f"{task:{width}}{guess}{old}{r['accuracy']:8.3f}{r['loss']:8.3f} {cells}")
@@ -385,7 +415,7 @@ def compose(given):
     Raises InputError if a flag contradicts the file.
     """
     cfg = check(Config(**given))
-    if cfg.mode == "bench" or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
+    if cfg.mode in ("compare", "bench") or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
         return cfg, None
     path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
     saved = read_saved(path)
@@ -422,11 +452,8 @@ def make_base(cfg, device):
     print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
           f"on plain statements for {cfg.base_steps} steps")
 
-    def step_batches(step):
-        n = cfg.base_batch_size
-        return [data.collate(b) for b in data.cut([data.encode(tokenizer, corpus(i)) for i in range(step * n, (step + 1) * n)],
-                                                  cfg.max_tokens)]
-    fit(model, step_batches, make_base_optimizers(model, cfg), cfg, cfg.base_steps, name="base")
+    batches = step_batches(replace(cfg, batch_size=cfg.base_batch_size), lambda i: data.encode(tokenizer, corpus(i)))
+    fit(model, batches, make_base_optimizers(model, cfg), cfg, cfg.base_steps, name="base")
     save_llama(model, temporary)
     (temporary / "made_from.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
@@ -442,12 +469,12 @@ def read_data(cfg):
     return (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.hold_out(rows, cfg.val_share)
 
 
-def encode_data(cfg, tokenizer, rows):
-    """(training stream: i -> Example, validation split: task -> Examples, chance: task -> share)."""
+def encode_data(cfg, tokenizer, rows, held_out="test"):
+    """(training stream: i -> Example, held-out split: task -> Examples, chance: task -> share)."""
     if rows is None:
         stream = data.minicme(cfg.seed)
         split = {task: [data.encode(tokenizer, row) for row in rows]
-                 for task, rows in data.minicme_test(cfg.val_examples or 400).items()}
+                 for task, rows in data.minicme_held_out(held_out, cfg.val_examples or 400).items()}
         return lambda i: data.encode(tokenizer, stream(i)), split, data.CHANCE
     train, val = (data.encode_rows(tokenizer, part, cfg.max_length, name) for part, name in zip(rows, ("training", "validation")))
     split = {}
@@ -490,21 +517,27 @@ def prepare(cfg, saved):
     return model, tokenizer, base
 
 
-def print_start(cfg, model, tokenizer, step_examples):
+def step_batches(cfg, stream):
+    """step -> its micro-batches, a pure function of the stream of examples."""
+    n = cfg.batch_size
+    return lambda step: [data.collate(b) for b in data.cut([stream(i) for i in range(step * n, (step + 1) * n)], cfg.max_tokens)]
+
+
+def print_start(cfg, model, tokenizer, stream):
     """What this run is, in numbers, and its first example with the supervised part marked."""
     total, trainable = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model).values()))
     p = next(model.parameters())
     device = torch.cuda.get_device_name() if p.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     padded = real = supervised = n = 0
     for step in range(min(10, cfg.steps)):
-        for _, y, m in map(data.collate, data.cut(step_examples(step), cfg.max_tokens)):
+        for _, y, m in step_batches(cfg, stream)(step):
             padded, real, supervised, n = padded + m.numel(), real + int(m.sum()), supervised + int((y >= 0).sum()), n + 1
     steps = min(10, cfg.steps)
     print(f"device: {device}, base in {str(p.dtype)[6:]}; method: {cfg.method}\n"
           f"parameters: {total:,}, trainable {trainable:,} ({trainable / total:.2%})\n"
           f"a step: {cfg.batch_size} examples, {real // steps:,} tokens ({supervised // steps:,} supervised) "
           f"in {n / steps:.1f} micro-batches, {1 - real / padded:.1%} padding")
-    e = step_examples(0)[0]
+    e = stream(0)
     prompt, expected = tokenizer.decode(e.ids[:e.n_prompt]), tokenizer.decode(e.ids[e.n_prompt:-1])
     print(f"first example, supervised part in [[ ]]: {prompt if len(prompt) < 300 else '...' + prompt[-297:]!r} "
           f"[[{expected if len(expected) < 300 else expected[:297] + '...'!r} + end of sequence]]")
@@ -518,10 +551,7 @@ def run_train(cfg, saved):
     stream, split, chance = encode_data(cfg, tokenizer, rows)
     out.mkdir(parents=True, exist_ok=True)
 
-    def step_examples(step):
-        return [stream(i) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)]
-
-    print_start(cfg, model, tokenizer, step_examples)
+    print_start(cfg, model, tokenizer, stream)
     before = saved["before"] if saved else evaluate(model, split, cfg.max_tokens, "before")
     if saved:
         torch.set_rng_state(saved["rng"])
@@ -546,10 +576,7 @@ def run_train(cfg, saved):
         checkpoint = content(optimizers=[o.state_dict() for o in optimizers], totals=dict(totals), before=before, **rng)
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
-    def step_batches(step):
-        return [data.collate(b) for b in data.cut(step_examples(step), cfg.max_tokens)]
-
-    totals = fit(model, step_batches, make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log, save=save)
+    totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log, save=save)
     if totals["step"] < cfg.steps:
         print(f"stopped after {totals['step']} of {cfg.steps} steps; --resume continues")
         return None
@@ -873,13 +900,296 @@ def run_bench(cfg, saved):
     write_atomically(out / "bench.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
     print(f"\nwrote {out}/bench.json")
     return rows
+# ---- Experiments: methods side by side, and what the experts are worth
+
+def variants(cfg, model_config):
+    """What a comparison can train: name -> settings that differ from cfg.
+
+    Every rank keeps alpha / r, and LoRA and HydraLoRA get the rank that brings them closest to TeamLoRA's size, for a
+    router takes parameters too. Competition changes two things, M and the sum of the weights; the cells of that table
+    are moelora (no M, sum 1: H-LoRA as its code is), moelora_sum_E (no M, sum E: H-LoRA as its equation is),
+    teamlora_sum_1 and teamlora. To scale all weights by E is to scale alpha, so these are the runs of equal effective
+    scale as well.
+    """
+    def size(**settings):
+        with torch.device("meta"):
+            return sum(p.numel() for p in trained(Llama(model_config, replace(cfg, **settings).adapter)).values())
+
+    def ranked(method, rank, n_experts):
+        return {"method": method, "rank": rank, "n_experts": n_experts, "alpha": cfg.alpha / cfg.rank * rank}
+
+    def matched(method, n_experts):
+        one, two = (size(**ranked(method, rank, n_experts)) for rank in (1, 2))
+        return ranked(method, max(1, 1 + round((size(method="teamlora") - one) / (two - one))), n_experts)
+
+    r, E = cfg.rank, cfg.n_experts
+    hydra, lora = matched("hydralora", E), matched("lora", 1)
+    result = {"lora": lora, "moelora": {"method": "moelora"}, "hydralora": hydra, "teamlora": {"method": "teamlora"},
+              "full": {"method": "full"},
+              "moelora_sum_E": {"method": "moelora", "alpha": E * cfg.alpha},
+              "teamlora_sum_1": {"method": "teamlora", "alpha": cfg.alpha / E},
+              "hydralora_sum_E": {**hydra, "alpha": E * hydra["alpha"]},
+              "teamlora_balanced": {"method": "teamlora", "balance": 0.1},
+              "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}     # its weights are E times smaller
+    result |= {f"teamlora_E{e}": ranked("teamlora", E * r // e, e) for e in (1, 2, 4, 8) if e != E and E * r % e == 0}
+    result |= {"teamlora_half_rank": ranked("teamlora", r // 2, E)} if r > 1 else {}
+    return result | {"teamlora_rank_x8": ranked("teamlora", 8 * r, E),
+                     "lora_rank_x8": ranked("lora", 8 * lora["rank"], 1), "lora_rank_1": ranked("lora", 1, 1)}
+
+
+def expert_statistics(model, results, test, max_tokens):
+    """What claims about load and specialisation need: see the keys. Tasks and layers weigh the same."""
+    usage = torch.cat([r["weights"] for r in results.values()])                      # (N, L, E)
+    groups = torch.cat([torch.full((len(r["weights"]),), i) for i, r in enumerate(results.values())])
+    shuffled = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))]
+    per_task = torch.stack([usage[groups == g].mean(0) for g in groups.unique()])    # (tasks, L, E)
+    statistics = {"usage_variation": (per_task.std(-1, correction=0) / per_task.mean(-1)).mean().item(),
+                  "weight_entropy": mean(r["entropy"] for r in results.values()),
+                  "task_information": mutual_information(usage, groups).item(),
+                  "task_information_shuffled": mutual_information(usage, shuffled).item()}
+    for k in (1, 2):
+        with restricted(model, top(k)):
+            kept = evaluate(model, test, max_tokens, f"top {k}")
+        statistics[f"top_{k}_accuracy"] = mean(r["accuracy"] for r in kept.values())
+    return statistics
+
+
+def train_variant(cfg, name, rows):
+    """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
+    train_rows = rows and rows[:2]
+    model, tokenizer, base = prepare(cfg, None)
+    stream, validation, _ = encode_data(cfg, tokenizer, train_rows, "validation")
+    _, test, chance = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
+    torch.manual_seed(cfg.seed)
+    totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
+    results = evaluate(model, test, cfg.max_tokens, "test")
+    chosen_by = evaluate(model, validation, cfg.max_tokens, "validation")
+    row = {"method": cfg.method, "variant": name, "seed": cfg.seed, "learning_rate": cfg.learning_rate, "steps": cfg.steps,
+           "n_experts": cfg.n_experts, "trainable_parameters": sum(p.numel() for p in trained(model).values()), "seconds": round(totals["seconds"], 1),
+           "accuracy": {t: r["accuracy"] for t, r in results.items()},
+           "mean_accuracy": mean(r["accuracy"] for r in results.values()), "val_loss": val_loss(chosen_by),
+           "val_accuracy": mean(r["accuracy"] for r in chosen_by.values()), "test_loss": val_loss(results),
+           "expert_usage": {t: r["usage"] for t, r in results.items()}}
+    if cfg.method not in ("full", "lora") and cfg.n_experts > 1:
+        row |= expert_statistics(model, results, test, cfg.max_tokens)
+    return row
+
+
+def run_compare(cfg, _):
+    """Every method with every seed at the learning rate that validation chose; a line of compare.jsonl per run.
+
+    Runs that are in the file already, with the same settings, are not made again. Returns name -> rows of the table.
+    """
+    path, rows = Path(cfg.out_dir) / "compare.jsonl", read_data(cfg)
+    if rows:
+        rows = (*data.hold_out(rows[0], cfg.val_share, "validation"), rows[1])
+    cfg = replace(cfg, init_from=cfg.init_from or str(make_base(cfg, device_and_dtype(cfg)[0])))
+    possible = variants(cfg, read_config(cfg.init_from))
+    base = prepare(cfg, None)[2]
+    names = tuple(possible) if cfg.methods == ("all",) else cfg.methods
+    for name in names:
+        if name not in possible:
+            raise InputError(f"--methods: '{name}' is none of {', '.join(possible)}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    done = {r["settings"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+
+    def run(name, learning_rate, seed):
+        one = replace(cfg, mode="train", learning_rate=learning_rate, seed=seed, **possible[name])
+        shaping = {k: v for k, v in asdict(one).items() if k not in FREE_ON_RESUME + OF_COMPARISON}
+        settings = data.digest([base, json.dumps(shaping, sort_keys=True)])
+        if settings not in done:
+            done[settings] = train_variant(one, name, rows) | {"settings": settings}
+            lines = "".join(json.dumps(row) + "\n" for row in done.values())
+            write_atomically(path, lambda path: path.write_text(lines))
+        return done[settings]
+
+    table = {}
+    for name in names:
+        rates = sorted(cfg.learning_rates)
+        sweep = {rate: run(name, rate, cfg.seeds[0]) for rate in rates}
+        while len(rates) > 1:                    # a best value at the edge says little about the best value
+            best = max(rates, key=lambda rate: sweep[rate]["val_accuracy"])
+            beyond = {rates[0]: rates[0] ** 2 / rates[1], rates[-1]: rates[-1] ** 2 / rates[-2]}.get(best)
+            if beyond is None or len(rates) >= len(cfg.learning_rates) + 3:
+                break
+            beyond = float(f"{beyond:.1g}")
+            sweep[beyond] = run(name, beyond, cfg.seeds[0])
+            rates = sorted([*rates, beyond])
+        best = max(rates, key=lambda rate: sweep[rate]["val_accuracy"])
+        table[name] = [run(name, best, seed) for seed in cfg.seeds]
+        print_comparison(table)
+    if cfg.plot:
+        plot_comparison(table, Path(cfg.out_dir))
+    return table
+
+
+def interval(differences):
+    """(mean, half width of its 95% interval by Student's t) of paired differences; None without at least two."""
+    n = len(differences)
+    if n < 2:
+        return mean(differences), None
+    t = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n, 10) - 2]
+    return mean(differences), t * torch.tensor(differences).std().item() / math.sqrt(n)
+
+
+def print_comparison(table):
+    """A line per method: size, chosen rate, time, accuracy per task, mean and deviation over seeds, difference to LoRA."""
+    tasks = list(next(iter(table.values()))[0]["accuracy"])
+    width = max(map(len, [*table, "method"]))
+    print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8} " + "".join(f"{t[:7]:>8}" for t in tasks)
+          + f"{'mean':>8}{'sd':>7}   to lora (95%)")
+    for name, rows in table.items():
+        means = torch.tensor([r["mean_accuracy"] for r in rows], dtype=torch.float64)
+        deviation = f"{means.std().item():7.3f}" if len(rows) > 1 else f"{'-':>7}"
+        difference = ""
+        if "lora" in table and name != "lora":
+            d, half = interval([r["mean_accuracy"] - l["mean_accuracy"] for r, l in zip(rows, table["lora"])])
+            difference = f"   {d:+.3f}" + (f" ±{half:.3f}" if half is not None else "")
+        print(f"{name:{width}}{rows[0]['trainable_parameters']:>11,}{rows[0]['learning_rate']:>9.0e}"
+              f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f} "
+              + "".join(f"{mean(r['accuracy'][t] for r in rows):8.3f}" for t in tasks)
+              + f"{means.mean().item():8.3f}{deviation}{difference}")
+    keys = [k for k in ("usage_variation", "weight_entropy", "task_information", "task_information_shuffled",
+                        "top_1_accuracy", "top_2_accuracy") if any(k in rows[0] for rows in table.values())]
+    if keys:
+        print(f"\n{'':{width}}" + "".join(f"{k:>27}" for k in keys))
+    for name, rows in table.items():
+        if keys and keys[0] in rows[0]:
+            print(f"{name:{width}}" + "".join(f"{mean(r[k] for r in rows):27.3f}" for k in keys))
+
+
+def rank_correlation(a, b):
+    """Spearman's rank correlation of two vectors, ties sharing their rank; nan if one is constant."""
+    ranks = [(x[:, None] > x).double().sum(1) + 0.5 * (x[:, None] == x).double().sum(1) for x in (a, b)]
+    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+
+def run_shapley(cfg, saved):
+    """The exact Shapley value of each expert per task, beside the router's mean weight; writes out_dir/shapley.json."""
+    if cfg.method in ("full", "none") or not 1 < cfg.n_experts <= 8:
+        raise InputError(f"--mode=shapley needs an adapter with 2 to 8 experts; {cfg.out_dir}/adapter.pt has "
+                         f"method={cfg.method} and n_experts={cfg.n_experts}")
+    rows = read_data(cfg)
+    model, tokenizer, _ = prepare(cfg, saved)
+    _, split, _ = encode_data(cfg, tokenizer, rows)
+    tasks, E, value = list(split), cfg.n_experts, {"accuracy": [], "loss": []}
+    for index in range(2 ** E):
+        with restricted(model, only(coalition(index))):
+            results = evaluate(model, split, cfg.max_tokens, f"coalition {index + 1} of {2 ** E}")
+        for key, sign in (("accuracy", 1), ("loss", -1)):
+            value[key].append([sign * results[t][key] for t in tasks])
+    value = {key: torch.tensor(v, dtype=torch.float64) for key, v in value.items()}                # (2^E, tasks)
+    usage = torch.tensor([results[t]["usage"] for t in tasks], dtype=torch.float64)  # (tasks, E)
+    worth = {key: shapley_values(v).T for key, v in value.items()}                   # (tasks, E)
+    agreement = {key: [rank_correlation(a, b) for a, b in zip(w, usage)] for key, w in worth.items()}
+    pairs = shapley_interactions(value["loss"]).mean(-1)                             # (E, E)
+    M = [layer.interaction.detach().double().cpu() for _, layer in adapter_layers(model) if layer.interaction is not None]
+    upper = torch.triu_indices(E, E, 1).unbind()
+    learned = torch.stack(M).mean(0) if M else torch.full((E, E), math.nan)
+    result = {"tasks": tasks, "value": value, "shapley": worth, "usage": usage, "rank_correlation": agreement,
+              "interaction": pairs, "learned_interaction": learned,
+              "interaction_correlation": rank_correlation(pairs[upper], ((learned + learned.T) / 2)[upper])}
+    plain = json.dumps(result, default=torch.Tensor.tolist, indent=1)
+    write_atomically(Path(cfg.out_dir) / "shapley.json", lambda path: path.write_text(plain + "\n"))
+    print_shapley(result)
+    print_layers(results)
+    if cfg.plot:
+        plot_experts(result, results, Path(cfg.out_dir))
+    return result
+
+
+def print_shapley(result):
+    """Per task: what all experts are worth, each expert's Shapley value (of minus the loss) and mean weight."""
+    worth, usage, gain = result["shapley"]["loss"], result["usage"], result["value"]["accuracy"][-1] - result["value"]["accuracy"][0]
+    E, width = worth.shape[1], max(map(len, [*result["tasks"], "mean"])) + 2
+    print(f"\n{'task':{width}}{'accuracy gained':>16}   " + f"{'Shapley value, in nats of loss':{8 * E}}   " +
+          f"{'mean weight of the router':{8 * E}}  rank correlation")
+    for i, task in enumerate(result["tasks"]):
+        print(f"{task:{width}}{gain[i]:16.3f}   " + "".join(f"{x:8.3f}" for x in worth[i]) + "   "
+              + "".join(f"{x:8.3f}" for x in usage[i]) + f"{result['rank_correlation']['loss'][i]:18.2f}")
+    for key, agreement in result["rank_correlation"].items():
+        known = [a for a in agreement if not math.isnan(a)]
+        if known:
+            print(f"rank correlation of Shapley value by {key} and mean weight: {mean(known):+.2f}, mean over {len(known)} tasks")
+    print(f"pairwise interaction against the learned M: rank correlation {result['interaction_correlation']:+.2f} over "
+          f"{E * (E - 1) // 2} pairs")
+
+
+def print_layers(results):
+    """Mean weight of every expert by task (lines) and adapted layer (groups of E), as shades."""
+    usage = torch.stack([r["weights"].mean(0) for r in results.values()])            # (tasks, L, E)
+    low, high = usage.min().item(), usage.max().item()
+    width = max(map(len, results)) + 2
+    print(f"\nmean weight by layer, from {low:.2f} (blank) to {high:.2f} (full)")
+    for task, layers in zip(results, usage.tolist()):
+        print(f"{task:{width}}" + " ".join("".join(shade(w, low, high) for w in layer) for layer in layers))
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def plot_comparison(table, out):
+    """compare.png: mean accuracy of each method with its deviation over seeds; experts.png: over E at equal total rank."""
+    plt = pyplot()
+    by_experts = {int(name[10:]): rows for name, rows in table.items() if name.startswith("teamlora_E")}
+    if by_experts and "teamlora" in table:
+        by_experts[table["teamlora"][0]["n_experts"]] = table["teamlora"]
+    for file, label, bars in (("compare.png", "", table), ("experts.png", "experts E, equal total rank", dict(sorted(by_experts.items())))):
+        if not bars:
+            continue
+        means = [torch.tensor([r["mean_accuracy"] for r in rows]) for rows in bars.values()]
+        figure, axes = plt.subplots(figsize=(1.5 + 0.7 * len(bars), 4), layout="constrained")
+        axes.bar(range(len(bars)), [m.mean().item() for m in means], color="0.8", edgecolor="black", capsize=4,
+                 yerr=[m.std().item() if len(m) > 1 else 0 for m in means])
+        for i, m in enumerate(means):
+            axes.plot([i] * len(m), m, "k.", markersize=4)
+        low = min(m.min().item() for m in means)
+        axes.set_ylim(max(0, low - 0.5 * (1 - low)), 1)
+        axes.set_xticks(range(len(bars)), bars, rotation=0 if label else 60, ha="center" if label else "right")
+        axes.set_xlabel(label)
+        axes.set_ylabel("mean accuracy over tasks (axis cut)")
+        figure.savefig(out / file, dpi=120)
+        plt.close(figure)
+
+
+def plot_experts(result, results, out):
+    """usage.png: mean weight of every expert by task and layer; shapley.png: Shapley value against mean weight."""
+    plt = pyplot()
+    usage = torch.stack([r["weights"].mean(0) for r in results.values()])            # (tasks, L, E)
+    figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
+    image = axes.imshow(usage.flatten(1), cmap="gray_r", aspect="auto", interpolation="nearest")
+    axes.set_yticks(range(len(results)), results)
+    axes.set_xticks(torch.arange(usage.shape[1]) * usage.shape[2] - 0.5, range(usage.shape[1]))
+    axes.grid(axis="x", color="black", linewidth=0.5)
+    axes.set_xlabel("adapted layer, one column per expert")
+    figure.colorbar(image, label="mean weight")
+    figure.savefig(out / "usage.png", dpi=120)
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    for e, marker in zip(range(usage.shape[2]), "o^sxD+v*"):
+        axes.plot(result["usage"][:, e], result["shapley"]["loss"][:, e], "k" + marker, fillstyle="none", label=f"expert {e}")
+    axes.set_xlabel("mean weight of the router")
+    axes.set_ylabel("Shapley value (nats of loss saved)")
+    axes.legend()
+    figure.savefig(out / "shapley.png", dpi=120)
+    plt.close("all")
+
+
+MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "compare": run_compare,
+         "shapley": run_shapley, "bench": run_bench}
 
 
 def main(argv=None):
     try:
         cfg, saved = compose(parse_flags(argv))
         torch.set_float32_matmul_precision("high")
-        return {"train": run_train, "eval": run_eval, "sample": run_sample, "bench": run_bench}[cfg.mode](cfg, saved)
+        return MODES[cfg.mode](cfg, saved)
     except InputError as e:
         sys.exit(f"error: {e}")
 
