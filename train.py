@@ -98,10 +98,11 @@ class Config:
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
                                  "best is at the edge, the next beyond it is tried too")
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
-    size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong name lists all")
+    size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong "
+                                     "name lists all")
+    bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with these numbers of "
+                        "experts; the spread over E at one E*r; the growth with tokens, layers, r and E")
     bench_layers: int = flag(0, "of --mode=bench: use only so many layers; 0: all")
-    bench: tuple = flag(("2", "4", "8", "spread", "growth"), "of --mode=bench: numbers of experts for all methods; spread over E at "
-                        "one E*r; growth with tokens, layers, r and E")
     bench_rounds: int = flag(5, "of --mode=bench: how often every method takes its turn")
     base_steps: int = flag(2800, "built-in base: training steps")
     base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
@@ -681,8 +682,8 @@ def bench_batches(cfg, vocab_size, share):
         lengths = [min(cfg.max_length, 4 + len("".join(row[1:]).encode()) // 4) for row in drawn]
     lengths = lengths[:max(1, round(share * len(lengths)))]
     generator = torch.Generator().manual_seed(cfg.seed)
-    examples = [data.Example("bench", torch.randint(vocab_size, (n + 1,), generator=generator).tolist(), n + 1 - max(1, n // 4))
-                for n in lengths]
+    examples = [data.Example("bench", torch.randint(vocab_size, (n + 1,), generator=generator).tolist(),
+                             n + 1 - max(1, n // 4)) for n in lengths]
     return [data.collate(b) for b in data.cut(examples, cfg.max_tokens)]
 
 
@@ -690,9 +691,10 @@ def bench_base(cfg, device, dtype):
     """The frozen base whose weights all arms share: a real one, or random weights of a named size."""
     if cfg.init_from:
         return load_llama(cfg.init_from, device=device, dtype=dtype)
+    config = SIZES[cfg.size]
     torch.set_default_dtype(dtype)               # so that a 7B never exists in fp32
     with torch.device(device):
-        base = Llama(replace(SIZES[cfg.size], num_hidden_layers=cfg.bench_layers or SIZES[cfg.size].num_hidden_layers)).init_weights()
+        base = Llama(replace(config, num_hidden_layers=cfg.bench_layers or config.num_hidden_layers)).init_weights()
     torch.set_default_dtype(torch.float32)
     return base
 
@@ -711,9 +713,9 @@ def peft_model(base, arm, cfg):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)                # a table that no checkpoint holds
     if cfg.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    rank = arm.n_experts * arm.rank
-    return peft.get_peft_model(model, peft.LoraConfig(r=rank, lora_alpha=cfg.alpha * arm.n_experts, lora_dropout=cfg.dropout,
-                                                      target_modules=list(cfg.targets)))
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=arm.n_experts * arm.rank, lora_alpha=arm.n_experts * cfg.alpha, lora_dropout=cfg.dropout,
+        target_modules=list(cfg.targets)))
 
 
 def bench_model(base, arm, cfg):
@@ -736,7 +738,7 @@ def bench_model(base, arm, cfg):
 
 
 def bench_runs(model, arm, batches, cfg):
-    """(a whole training step, a forward pass, bytes of weights and of optimizer state) of an arm, the first two to be called."""
+    """Of an arm: a whole training step and a forward pass, to be called, and the bytes of its weights and optimizer."""
     optimizers = make_optimizers(model, cfg) if arm.method != "none" else []
 
     def peft_loss(x, y, m):
@@ -794,16 +796,17 @@ def allocated_peak(run, device):
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")                                  # it announces itself otherwise
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
-    log = sorted((e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = profile.profiler.kineto_results.events()
+    log = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate(n for _, n in log))
 
 
 def training_memory(config, adapter, rows, length, dtype=torch.bfloat16, checkpointing=False, supervised=0.25):
     """Bytes that a training step on rows * length tokens needs at its peak, by what needs them; nothing is allocated.
 
-    weights: the frozen base; adapters: fp32, with gradients and the two moments of AdamW; activations: of every layer what
-    autograd keeps, traced without storage, or with checkpointing its input; working: the larger of the head's logits with
-    their softmax and gradient, and the gradients inside an FFN (with checkpointing also what its layer keeps).
+    weights: the frozen base; adapters: fp32, with gradients and the two moments of AdamW; activations: of every layer
+    what autograd keeps, traced without storage, or with checkpointing its input; working: the larger of the head's logits
+    with their softmax and gradient, and the gradients inside an FFN (with checkpointing also what its layer keeps).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept, L, size = {}, config.num_hidden_layers, dtype.itemsize
@@ -825,7 +828,7 @@ def training_memory(config, adapter, rows, length, dtype=torch.bfloat16, checkpo
         layer = sum(t.untyped_storage().nbytes() for t in kept.values())
     n_frozen = sum(p.numel() for p in frozen)
     n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
-    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size   # embeddings, head, norm
+    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size   # tables and last norm
     n_logits = min(round(supervised * rows * length) * config.vocab_size, MAX_LOGITS)
     ffn = 3 * rows * length * config.intermediate_size * size
     return {"weights": (L * n_frozen + n_shared) * size, "adapters": 16 * L * n_trained,
@@ -845,7 +848,8 @@ def bench_group(group, arms, base, cfg, device, peak):
     for i, arm in enumerate(arms):
         step, inference = (statistics.median(round_[i][k] for round_ in times) for k in (0, 1))
         limit = next(j for j, a in enumerate(arms) if (a.method, a.layers, a.rows) == ("none", arm.layers, arm.rows))
-        tokens, supervised = (sum(int(t.sum()) for t in ts) for ts in zip(*((m, y >= 0) for _, y, m in batches[arm.rows])))
+        tokens = sum(int(m.sum()) for *_, m in batches[arm.rows])
+        supervised = sum(int((y >= 0).sum()) for _, y, _ in batches[arm.rows])
         blocks = sum(p.numel() for block in base.model.layers[:arm.layers] for p in block.parameters() if p.dim() == 2)
         flops = 4 * (blocks * tokens + base.lm_head.weight.numel() * supervised)
         rows.append({"group": group, "name": arm.name, "method": arm.method, "n_experts": arm.n_experts, "rank": arm.rank,
@@ -868,7 +872,8 @@ def print_bench(rows):
     named = {r["name"]: r for r in rows}
     if "lora" in named:
         team = named["teamlora"]
-        print("teamlora's step over " + ", ".join(f"{name} {team['step_ms'] / r['step_ms']:.3f}" for name, r in named.items() if r != team))
+        print("teamlora's step over " + ", ".join(f"{name} {team['step_ms'] / r['step_ms']:.3f}"
+                                                  for name, r in named.items() if r != team))
         print("teamlora's memory over " + ", ".join(f"{name} {team['peak_memory_mb'] / named[name]['peak_memory_mb']:.3f}"
                                                     for name in ("frozen base", "lora")))
     if rows[0]["group"] == "spread":
@@ -882,13 +887,16 @@ def run_bench(cfg, saved):
     torch.manual_seed(cfg.seed)
     base = bench_base(cfg, device, dtype)
     layers, peak = cfg.bench_layers or base.config.num_hidden_layers, matmul_peak(device, dtype)
+    if layers > base.config.num_hidden_layers:
+        raise InputError(f"--bench_layers={layers}, but {cfg.init_from} has only {base.config.num_hidden_layers} layers")
     batches = bench_batches(cfg, base.config.vocab_size, 1.0)
     real, padded = (sum(f(m) for *_, m in batches) for f in (lambda m: int(m.sum()), torch.numel))
     print(f"{cfg.init_from or cfg.size}, {layers} layers, {str(dtype)[6:]} on "
           f"{torch.cuda.get_device_name() if device == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}; matmul peak "
           f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, {1 - real / padded:.1%} padding")
     largest = max((m.shape for *_, m in batches), key=math.prod)
-    estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype, cfg.checkpointing)
+    estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype,
+                               cfg.checkpointing)
     print(f"computed memory of a step of {cfg.method}, in MB: {sum(estimate.values()) / 2 ** 20:,.0f} = "
           + " + ".join(f"{n / 2 ** 20:,.0f} {name}" for name, n in estimate.items()))
     rows = []
