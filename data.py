@@ -755,22 +755,23 @@ def padded_length(example, multiple):
     return -(-(len(example.ids) - 1) // multiple) * multiple
 
 
-def cut(examples, max_tokens, multiple=8):
-    """Cut one step's examples, sorted by length, into micro-batches of at most max_tokens padded tokens.
+def cut(examples, max_tokens, multiple=8, overhead=32):
+    """Cut one step's examples, sorted by length, into micro-batches of at most max_tokens padded tokens, the cheapest way.
 
-    A micro-batch that is a quarter full also ends where rows get a quarter longer than its first: padding is the
-    largest waste. Raises InputError if a row alone is longer than max_tokens.
+    The cost is the padded tokens, for padding is the largest waste, and `overhead` more for each micro-batch, about what
+    starting its kernels takes. Raises InputError if a row alone is longer than max_tokens.
     """
-    batches = []
-    for e in sorted(examples, key=lambda e: len(e.ids)):
-        longest = padded_length(e, multiple)     # so far, for they are sorted
+    examples = sorted(examples, key=lambda e: len(e.ids))
+    best = [(0, 0)]                              # for the first 0, 1, .. rows: cost, where their last micro-batch begins
+    for stop, longest in enumerate((padded_length(e, multiple) for e in examples), 1):
         if longest > max_tokens:
             raise InputError(f"a row of {longest} padded tokens does not fit into --max_tokens={max_tokens}")
-        n = len(batches[-1]) if batches else 0
-        if (n + 1) * longest > max_tokens or not n or (
-                n * longest >= max_tokens / 4 and longest > 1.25 * padded_length(batches[-1][0], multiple)):
-            batches.append([])
-        batches[-1].append(e)
+        best.append(min((best[start][0] + (stop - start) * longest + overhead, start)
+                        for start in range(max(0, stop - max_tokens // longest), stop)))
+    batches, stop = [], len(examples)
+    while stop:
+        start = best[stop][1]
+        batches, stop = [examples[start:stop], *batches], start
     return batches
 
 

@@ -33,6 +33,8 @@ from teamlora import ADAPTER_KEYS, METHODS, InputError, TeamLoRALinear, adapter_
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+MAX_LOGITS = 2 ** 25                             # logits that exist at once, 128 MB in fp32
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -96,14 +98,14 @@ def fp32(x):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistics in fp32 (arXiv 1910.07467)."""
+    """x / rms(x) * weight (arXiv 1910.07467); rms_norm itself computes the statistics in fp32."""
 
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x):
-        return F.rms_norm(fp32(x), x.shape[-1:], None, self.eps).to(x.dtype) * self.weight.to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
 def stretch(frequency, scaling):
@@ -154,7 +156,8 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.extend(self, k, v)                                    # (B, K, S, D) twice, (B, 1, 1, S)
         # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a mask would not
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=q.shape[2] > 1, enable_gqa=q.shape[1] != k.shape[1])
+        causal = cache is None or q.shape[2] > 1
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
 
 
@@ -270,6 +273,12 @@ class Llama(nn.Module):
             first.v_proj.weight[shared_kv] = carried
             first.o_proj.weight[:, own] = carried.T * std * math.sqrt(C / D)               # as long as an embedding
 
+    def compile_blocks(self, backend="inductor"):
+        """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with another for the
+        first block, whose input needs no gradient, and again for a single row."""
+        for block in self.model.layers:
+            block.compile(dynamic=True, backend=backend)
+
     def hidden(self, tokens, cache=None, want_routing=False):
         """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the experts' weights (L, B, T, E)."""
         x, routing = self.model.embed_tokens(tokens), []                             # (B, T, C)
@@ -283,18 +292,30 @@ class Llama(nn.Module):
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
-            else:
-                x, w = block(x, rotary, cache, want_routing)
+            elif cache is None:
+                x, w = block(x, rotary, None, want_routing)
+            else:                                # a cache grows with every token: eager, whatever --compile says
+                x, w = block.forward(x, rotary, cache, want_routing)
             routing += [] if w is None else [w]
         return self.model.norm(x), torch.cat(routing) if routing else None
 
     def token_losses(self, hidden, targets):
-        """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,)."""
+        """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,).
+
+        Beyond MAX_LOGITS of them logits are made in chunks, and made again in the backward pass: never all at once.
+        """
+        def judge(hidden, labels):
+            logits = fp32(self.lm_head(hidden))
+            return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
         targets = targets.flatten()              # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
         supervised = (targets >= 0).nonzero()[:, 0]
         labels, supervised = (t.to(hidden.device, non_blocking=True) for t in (targets[supervised], supervised))  # (N,)
-        logits = fp32(self.lm_head(hidden.flatten(0, 1)[supervised]))                # (N, V)
-        return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
+        hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)       # (N, C)
+        if len(labels) <= n:
+            return judge(hidden, labels)
+        chunks = [checkpoint(judge, *chunk, use_reentrant=False, preserve_rng_state=False)
+                  for chunk in zip(hidden.split(n), labels.split(n))]
+        return tuple(map(torch.cat, zip(*chunks)))
 
     def forward(self, tokens, targets=None):
         """tokens (B, T) -> logits (B, T, V); with targets (B, T), negative where unsupervised: (sum of losses, count)."""
@@ -527,6 +548,17 @@ def release(tensor):
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
+def fresh_adapters(model, device):
+    """Make the adapters of a model whose base is filled in and whose adapters are still on the meta device."""
+    for _, layer in adapter_layers(model):
+        for key, p in list(layer.named_parameters(recurse=False)):
+            if key in ADAPTER_KEYS:
+                setattr(layer, key, nn.Parameter(torch.empty(p.shape, device=device)))
+        layer.reset_adapter()
+    assert not any(p.is_meta for p in model.parameters()), "a parameter was never made"
+    return model
+
+
 def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype=torch.float32):
     """The Llama in a Hugging Face or Meta folder, with fresh adapters in fp32.
 
@@ -562,13 +594,7 @@ def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype
         setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
-    for _, layer in adapter_layers(model):
-        for key, p in list(layer.named_parameters(recurse=False)):
-            if key in ADAPTER_KEYS:
-                setattr(layer, key, nn.Parameter(torch.empty(p.shape, device=device)))
-        layer.reset_adapter()
-    assert not any(p.is_meta for p in model.parameters()), "a parameter was never made"
-    return model
+    return fresh_adapters(model, device)
 
 
 def save_llama(model, folder):

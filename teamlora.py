@@ -35,6 +35,11 @@ class InputError(ValueError):
     """What the user gave cannot be used: one sentence that names it and the way out. train.py prints it."""
 
 
+def softmax(logits):
+    """In fp32, for bf16 loses the small weights; the product R x accumulates in fp32 anyway."""
+    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+
+
 class TeamLoRALinear(nn.Linear):
     """Linear layer (..., in) -> (..., out) with a frozen `weight` and trainable experts (arXiv 2408.09856).
 
@@ -73,15 +78,14 @@ class TeamLoRALinear(nn.Linear):
             with torch.no_grad():
                 self.interaction.fill_diagonal_(0)
 
-    def softmax_weights(self, x):
-        """phi = softmax(R x): (..., in) -> (..., E), summing to 1."""
-        logits = F.linear(x, self.router.to(x.dtype))                                # (..., E)
-        # bf16 softmax loses the small weights, so fp32 from here; the product itself accumulates in fp32 anyway
-        return torch.softmax(logits, -1, dtype=torch.promote_types(x.dtype, torch.float32))
-
     def route(self, x):
-        """The competition: weights of the experts (..., in) -> (..., E), summing to E, in fp32 (float64 for float64)."""
-        phi = self.softmax_weights(x)
+        """Weights of the experts (..., in) -> (..., E), in fp32 (float64 for float64)."""
+        router = self.lora_A[:0] if self.router is None else self.router
+        return self.compete(F.linear(x, router.to(x.dtype)))
+
+    def compete(self, logits):
+        """The competition: R x (..., E) -> weights of the experts (..., E), summing to E, in fp32 (float64 for float64)."""
+        phi = softmax(logits)
         w = phi + phi @ self.interaction.to(phi.dtype)
         # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which would
         # blow up the update or flip its sign. Below 0.1 the sum counts as 0.1: no weight grows more than tenfold.
@@ -93,15 +97,21 @@ class TeamLoRALinear(nn.Linear):
 
     def forward(self, x, routing=None):
         """x (..., in) -> (..., out), in x's dtype. `routing`, if given, is a list that receives the weights (..., E)."""
-        z = F.dropout(F.linear(x, self.lora_A.to(x.dtype)), self.dropout, self.training)  # (..., E*r)
-        w = self.route(x)                                                            # (..., E)
+        shape, x = x.shape[:-1], x.reshape(-1, self.in_features)                     # (B*T, in)
+        # A and R read the same x: one product. Besides x, the backward pass keeps nothing wider than its output
+        narrow = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
+        z, logits = F.linear(x, narrow.to(x.dtype)).tensor_split((len(self.lora_A),), -1)
+        w = self.compete(logits)                                                     # (B*T, E)
         if self.change_weights:
             w = self.change_weights(w)
         if routing is not None:
-            routing.append(w)
+            routing.append(w.view(*shape, -1))
+        z = F.dropout(z, self.dropout, self.training)
         # alpha / r goes into the weights: E numbers a token instead of out
-        z = self.weighted(z, (w * (self.alpha / self.rank)).to(x.dtype))             # (..., E*r)
-        return F.linear(x, self.weight, self.bias) + F.linear(z, self.lora_B.to(x.dtype))
+        z = self.weighted(z, (w * (self.alpha / self.rank)).to(x.dtype))             # (B*T, E*r)
+        y = F.linear(x, self.weight, self.bias)
+        # added inside the second product: a sum of two products would pass over (B*T, out) once more
+        return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, -1)               # (..., out)
 
     def update(self):
         """What the adapter adds to `weight`, (out, in), in fp32. Raises InputError if it depends on the token."""
@@ -123,8 +133,9 @@ class LoRALinear(TeamLoRALinear):
         super().__init__(*args, **kwargs)
         self.router = self.interaction = None
 
-    def route(self, x):
-        return x.new_ones(*x.shape[:-1], self.n_experts, dtype=torch.promote_types(x.dtype, torch.float32))
+    def compete(self, logits):
+        one = logits.new_ones((), dtype=torch.promote_types(logits.dtype, torch.float32))
+        return one.expand(*logits.shape[:-1], self.n_experts)
 
 
 class MoELoRALinear(TeamLoRALinear):
@@ -137,8 +148,8 @@ class MoELoRALinear(TeamLoRALinear):
         super().__init__(*args, **kwargs)
         self.interaction = None
 
-    def route(self, x):
-        return self.softmax_weights(x)
+    def compete(self, logits):
+        return softmax(logits)
 
 
 class HydraLoRALinear(MoELoRALinear):
@@ -151,6 +162,26 @@ class HydraLoRALinear(MoELoRALinear):
     def weighted(self, z, w):
         """One copy of z (..., r) per expert, each times its w_e (..., E) -> (..., E*r)."""
         return (z.unsqueeze(-2) * w.unsqueeze(-1)).flatten(-2)
+
+
+def published_loop(layer, x, routing=None):
+    """The forward of any of these layers as published, a loop over experts: to be timed, and the tests' reference.
+
+    MoELoRA and HydraLoRA evaluate A once per expert, TeamLoRA once; each expert then adds its (..., out) to the result.
+    """
+    E, r, A = layer.n_experts, layer.rank, layer.lora_A.to(x.dtype)
+    w = x.new_ones(*x.shape[:-1], E) if layer.router is None else F.linear(x, layer.router.to(x.dtype)).softmax(-1)
+    if layer.interaction is not None:
+        w = w + torch.einsum("...i,ij->...j", w, layer.interaction.to(x.dtype))
+        w = E * w / w.sum(-1, keepdim=True)
+    if isinstance(layer, MoELoRALinear):
+        zs = [F.linear(x, A_e) for A_e in (A.split(r) if len(A) > r else [A] * E)]
+    else:
+        zs = F.linear(x, A).split(r, -1)
+    y = F.linear(x, layer.weight, layer.bias)
+    for e, B_e in enumerate(layer.lora_B.to(x.dtype).split(r, 1)):
+        y += w[..., e:e + 1] * F.linear(F.dropout(zs[e], layer.dropout, layer.training), B_e) * (layer.alpha / r)
+    return y
 
 
 METHODS = {"teamlora": TeamLoRALinear, "lora": LoRALinear, "moelora": MoELoRALinear, "hydralora": HydraLoRALinear}

@@ -7,6 +7,7 @@
     python train.py --mode=sample --prompt="..."              one answer; without --prompt, one to every line you type
     python train.py --mode=compare                            methods side by side, on equal terms
     python train.py --mode=shapley                            what each expert of out/adapter.pt is worth
+    python train.py --mode=bench --size=smollm2-135m          what a step costs, beside the frozen base and the rivals
     python train.py --export=FOLDER                           base and adapter merged, where the method allows it
     torchrun --nproc_per_node=N train.py ...                  the same run on N GPUs
 
@@ -22,26 +23,33 @@ What may surprise:
 """
 
 import argparse
+import importlib.util
+import itertools
 import json
 import math
 import os
+import random
 import resource
 import shutil
+import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, save_llama
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, read_config,
+                   rotary_tables, save_llama)
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
-                      mean_usage, merge, mutual_information, only, parameter_state, restricted, shapley_interactions,
-                      shapley_values, top)
+                      mean_usage, merge, mutual_information, only, parameter_state, published_loop, restricted,
+                      shapley_interactions, shapley_values, top)
 
 
 # ---- Configuration: a field is a flag
@@ -53,7 +61,8 @@ def flag(default, help):
 @dataclass(frozen=True)
 class Config:
     mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt, or the "
-                              "terminal), compare (methods side by side) or shapley (the worth of each expert)")
+                              "terminal), compare (methods side by side), shapley (the worth of each expert) or bench "
+                              "(what a step costs)")
     out_dir: str = flag("out", "folder for everything a run writes")
     init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
@@ -78,6 +87,7 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm")
     max_tokens: int = flag(4096, "padded tokens per micro-batch: lower it to save memory, the result stays the same")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    compile: bool = flag(False, "torch.compile every block; worth its minute on a GPU")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
     dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 otherwise")
     seed: int = flag(0, "seed of adapters, data order and dropout")
@@ -97,6 +107,12 @@ class Config:
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
     export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout, and end; "
                            "with --method=none the base alone")
+    size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong "
+                                     "name lists all")
+    bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with these numbers of "
+                        "experts; the spread over E at one E*r; the growth with tokens, layers, r and E")
+    bench_layers: int = flag(0, "of --mode=bench: use only so many layers; 0: all")
+    bench_rounds: int = flag(5, "of --mode=bench: how often every method takes its turn")
     base_steps: int = flag(2800, "built-in base: training steps")
     base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
     base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the embedding takes 0.15 of it")
@@ -113,7 +129,8 @@ class Config:
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what an adapter fixes for later use, and what may change when a run is resumed
 OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from", "template")
-FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "device", "out_dir")
+FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "compile", "device",
+                  "out_dir")
 
 
 class Parser(argparse.ArgumentParser):
@@ -149,11 +166,11 @@ def parse_flags(argv):
 def check(cfg):
     """Refuse settings that cannot work, before anything is read or written."""
     for name, allowed in (("mode", tuple(MODES)), ("device", ("auto", "cpu", "cuda")),
-                          ("dtype", ("auto", "float32", "bfloat16"))):
+                          ("dtype", ("auto", "float32", "bfloat16")), ("size", tuple(SIZES))):
         if getattr(cfg, name) not in allowed:
             raise InputError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")
     for name in ("rank", "n_experts", "steps", "batch_size", "max_tokens", "max_length", "log_every", "base_steps",
-                 "base_batch_size", "base_layers", "base_width", "max_new_tokens"):
+                 "base_batch_size", "base_layers", "base_width", "max_new_tokens", "bench_rounds"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     for name in ("learning_rate", "base_learning_rate", "clip"):
@@ -162,7 +179,7 @@ def check(cfg):
     for name in ("dropout", "warmup", "val_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise InputError(f"--{name} must lie in [0, 1), not {getattr(cfg, name)}")
-    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every", "stop_after"):
+    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every", "stop_after", "bench_layers"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise InputError(f"--{name} must not be negative, not {getattr(cfg, name)}")
     if cfg.max_tokens < cfg.max_length:
@@ -180,6 +197,8 @@ def check(cfg):
         raise InputError("--export=FOLDER is a mode of its own: give it without --mode, and a folder with it")
     if cfg.export and Path(cfg.export).exists():
         raise InputError(f"--export={cfg.export} exists already; name a new folder")
+    if bad := [g for g in cfg.bench if g not in ("spread", "growth") and not (g.isdecimal() and int(g))]:
+        raise InputError(f"--bench takes numbers of experts, spread and growth, not '{bad[0]}'")
     if cfg.val_data and not cfg.data:
         raise InputError("--val_data needs --data")
     data.read_template(cfg.template)
@@ -489,7 +508,7 @@ def compose(given):
     if made and given.get("init_from"):
         raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} takes another")
     cfg = check(Config(**given))
-    if cfg.mode == "compare" or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
+    if cfg.mode in ("compare", "bench") or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
         return cfg, None
     path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
     saved = read_saved(path)
@@ -591,6 +610,8 @@ def prepare(cfg, saved):
     if saved:
         load_parameters(trained(model), saved["parameters"])
     model.checkpointing = cfg.checkpointing
+    if cfg.compile:
+        model.compile_blocks()
     return model, tokenizer, base
 
 
@@ -731,6 +752,290 @@ def run_export(cfg, saved):
     print(f"wrote {cfg.export}: {cfg.method} merged into {sum(p.numel() for p in model.base_parameters().values()):,} parameters")
 
 
+# ---- The benchmark: whole steps in turns, beside the limit, a step of the frozen base that trains nothing
+
+# the published shapes, for random weights
+SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_word_embeddings=tied)
+         for name, V, C, ffn, layers, H, K, D, theta, tied in (
+             ("smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64, 1e5, True),
+             ("llama3.2-1b", 128256, 2048, 8192, 16, 32, 8, 64, 5e5, True),
+             ("tinyllama-1.1b", 32000, 2048, 5632, 22, 32, 4, 64, 1e4, False),
+             ("llama2-7b", 32000, 4096, 11008, 32, 32, 32, 128, 1e4, False))}
+
+
+class Arm(NamedTuple):
+    """One thing to time. method 'none' is the frozen base, 'peft' that package's LoRA of rank E*r; rows: share of all."""
+    method: str
+    n_experts: int
+    rank: int
+    layers: int
+    looped: bool = False
+    rows: float = 1.0
+
+    @property
+    def name(self):
+        return {"none": "frozen base", "peft": "PEFT's LoRA"}.get(self.method, self.method + " looped" * self.looped)
+
+
+def bench_arms(cfg, layers):
+    """group -> its Arms, for every group that --bench names."""
+    E, r, total = cfg.n_experts, cfg.rank, max(16, cfg.n_experts * cfg.rank // 16 * 16)
+    have_peft = all(importlib.util.find_spec(name) for name in ("peft", "transformers"))
+    if not have_peft:
+        print("PEFT's LoRA is left out: for it, pip install peft transformers")
+    groups = {}
+    for group in cfg.bench:
+        if group == "spread":
+            arms = [Arm("none", E, r, layers), *(Arm("teamlora", n, total // n, layers) for n in (1, 2, 4, 8, 16))]
+        elif group == "growth":
+            arms = [Arm(method, E, r, n, rows=rows) for n, rows in ((layers, 1), (layers, 0.5), (max(1, layers // 2), 1))
+                    for method in ("none", "teamlora")]
+            arms += [Arm("teamlora", E, 4 * r, layers), Arm("teamlora", 4 * E, r, layers)]
+        else:
+            arms = [Arm(method, int(group), r, layers) for method in ("none", "lora")]
+            arms += [Arm(method, int(group), r, layers, looped) for looped in (False, True)
+                     for method in ("teamlora", "moelora", "hydralora")]
+            arms += [Arm("peft", int(group), r, layers)] * have_peft
+        groups[group] = arms
+    return groups
+
+
+def bench_batches(cfg, vocab_size, share):
+    """Micro-batches of a step: rows of --max_length, or with --data as long as those rows (four bytes a token). Ids are
+    random, the last quarter of a row is supervised."""
+    lengths = [cfg.max_length] * (cfg.max_tokens // cfg.max_length)
+    if cfg.data:
+        rows = data.read_rows(cfg.data)
+        drawn = random.Random(cfg.seed).sample(rows, min(cfg.batch_size, len(rows)))
+        lengths = [min(cfg.max_length, 4 + len("".join(row[1:]).encode()) // 4) for row in drawn]
+    lengths = lengths[:max(1, round(share * len(lengths)))]
+    generator = torch.Generator().manual_seed(cfg.seed)
+    examples = [data.Example("bench", torch.randint(vocab_size, (n + 1,), generator=generator).tolist(),
+                             n + 1 - max(1, n // 4)) for n in lengths]
+    return [data.collate(b) for b in data.cut(examples, cfg.max_tokens)]
+
+
+def bench_base(cfg, device, dtype):
+    """The frozen base whose weights all arms share: a real one, or random weights of a named size."""
+    if cfg.init_from:
+        return load_llama(cfg.init_from, device=device, dtype=dtype)
+    config = SIZES[cfg.size]
+    torch.set_default_dtype(dtype)               # so that a 7B never exists in fp32
+    with torch.device(device):
+        base = Llama(replace(config, num_hidden_layers=cfg.bench_layers or config.num_hidden_layers)).init_weights()
+    torch.set_default_dtype(torch.float32)
+    return base
+
+
+def peft_model(base, arm, cfg):
+    """transformers' Llama on the base's weights with PEFT's LoRA of total rank E*r: what a user would pick instead."""
+    import peft
+    import transformers
+    c = replace(base.config, num_hidden_layers=arm.layers)
+    config = transformers.LlamaConfig(**asdict(c) | {"eos_token_id": c.eos_token_id[0], "rope_parameters": {
+        "rope_type": "default", "rope_theta": c.rope_theta}})
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
+    with base.lm_head.weight.device:
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)                # a table that no checkpoint holds
+    if cfg.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return peft.get_peft_model(model, peft.LoraConfig(
+        r=arm.n_experts * arm.rank, lora_alpha=arm.n_experts * cfg.alpha, lora_dropout=cfg.dropout,
+        target_modules=list(cfg.targets)))
+
+
+def bench_model(base, arm, cfg):
+    """The model of an arm, on the very weights of the base."""
+    if arm.method == "peft":
+        return peft_model(base, arm, cfg)
+    with torch.device("meta"):
+        model = Llama(replace(base.config, num_hidden_layers=arm.layers),
+                      replace(cfg.adapter, method=arm.method, n_experts=arm.n_experts, rank=arm.rank))
+    model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
+    fresh_adapters(model, base.lm_head.weight.device)
+    model.checkpointing = cfg.checkpointing
+    for _, layer in adapter_layers(model) if arm.looped else ():
+        layer.forward = partial(published_loop, layer)
+    if arm.method == "none":                     # gradients flow down to the embeddings: 4 N, and no parameter gets one
+        model.model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
+    if cfg.compile:
+        model.compile_blocks()
+    return model
+
+
+def bench_runs(model, arm, batches, cfg):
+    """Of an arm: a whole training step and a forward pass, to be called, and the bytes of its weights and optimizer."""
+    optimizers = make_optimizers(model, cfg) if arm.method != "none" else []
+
+    def peft_loss(x, y, m):
+        labels = torch.cat((torch.full_like(y[:, :1], -1), y[:, :-1]), 1)            # transformers shifts them back
+        return model(input_ids=x, attention_mask=m.long(), labels=labels.where(labels >= 0, -100), use_cache=False).loss
+
+    def step():
+        model.train()
+        if arm.method == "peft":
+            for batch in batches:
+                (peft_loss(*batch) / len(batches)).backward()
+        else:
+            accumulate_gradients(model, batches)
+        for optimizer in optimizers:
+            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
+    def infer():
+        model.eval()
+        for x, y, m in batches:
+            peft_loss(x, y, m) if arm.method == "peft" else model.token_losses(model.hidden(x)[0], y)
+
+    step()
+    state = [t for o in optimizers for s in o.state.values() for t in s.values()]
+    return step, infer, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state])
+
+
+def timed(run, device):
+    """Seconds that run() takes."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def matmul_peak(device, dtype):
+    """FLOPs per second of a large square matmul, the most that a step could reach."""
+    n = 8192 if device == "cuda" else 1024
+    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
+    return 2 * n ** 3 / min(timed(lambda: a @ b, device) for _ in range(20))
+
+
+def allocated_peak(run, device):
+    """Most bytes allocated at once during run(), beyond what was allocated before: on the CPU from the profiler's log."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                                  # it announces itself otherwise
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    events = profile.profiler.kineto_results.events()
+    log = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(n for _, n in log))
+
+
+def training_memory(config, adapter, rows, length, dtype=torch.bfloat16, checkpointing=False, supervised=0.25):
+    """Bytes that a training step on rows * length tokens needs at its peak, by what needs them; nothing is allocated.
+
+    weights: the frozen base; adapters: fp32, with gradients and the two moments of AdamW; activations: of every layer
+    what autograd keeps, traced without storage, or with checkpointing its input; working: the larger of the head's logits
+    with their softmax and gradient, and the gradients inside an FFN (with checkpointing also what its layer keeps).
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    kept, L, size = {}, config.num_hidden_layers, dtype.itemsize
+
+    def keep(t):
+        kept[t.untyped_storage()._cdata] = t
+        return t
+    with FakeTensorMode():
+        block = Llama(replace(config, num_hidden_layers=1), adapter).model.layers[0]
+        frozen = [p for p in block.parameters() if not p.requires_grad]
+        for p in frozen:
+            p.data = p.to(dtype)
+        x = torch.empty(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
+        rotary = rotary_tables(config, 0, length, "cpu")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            block(x, rotary)
+        for t in (*rotary, *block.parameters()):                                     # shared, or counted as weights
+            kept.pop(t.untyped_storage()._cdata, None)
+        layer = sum(t.untyped_storage().nbytes() for t in kept.values())
+    n_frozen = sum(p.numel() for p in frozen)
+    n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
+    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size   # tables and last norm
+    n_logits = min(round(supervised * rows * length) * config.vocab_size, MAX_LOGITS)
+    ffn = 3 * rows * length * config.intermediate_size * size
+    return {"weights": (L * n_frozen + n_shared) * size, "adapters": 16 * L * n_trained,
+            "activations": L * (x.numel() * size if checkpointing else layer),
+            "working": max(12 * n_logits, ffn + layer if checkpointing else ffn)}
+
+
+def bench_group(group, arms, base, cfg, device, peak):
+    """Rows of bench.json for the arms of a group, which take turns, so that a slow minute meets them all."""
+    batches = {share: [[t.to(device) for t in b] for b in bench_batches(cfg, base.config.vocab_size, share)]
+               for share in {arm.rows for arm in arms}}
+    runs = [bench_runs(bench_model(base, arm, cfg), arm, batches[arm.rows], cfg) for arm in arms]
+    memory = [held + allocated_peak(step, device) for step, _, held in runs]
+    times = [[(timed(step, device), timed(infer, device)) for step, infer, _ in runs]
+             for _ in tqdm(range(cfg.bench_rounds), desc=group, unit="round", leave=False)]
+    rows = []
+    for i, arm in enumerate(arms):
+        step, inference = (statistics.median(round_[i][k] for round_ in times) for k in (0, 1))
+        limit = next(j for j, a in enumerate(arms) if (a.method, a.layers, a.rows) == ("none", arm.layers, arm.rows))
+        tokens = sum(int(m.sum()) for *_, m in batches[arm.rows])
+        supervised = sum(int((y >= 0).sum()) for _, y, _ in batches[arm.rows])
+        blocks = sum(p.numel() for block in base.model.layers[:arm.layers] for p in block.parameters() if p.dim() == 2)
+        flops = 4 * (blocks * tokens + base.lm_head.weight.numel() * supervised)
+        rows.append({"group": group, "name": arm.name, "method": arm.method, "n_experts": arm.n_experts, "rank": arm.rank,
+                     "looped": arm.looped, "layers": arm.layers, "tokens": tokens, "step_ms": round(1e3 * step, 2),
+                     "inference_ms": round(1e3 * inference, 2),
+                     "over_limit": round(step / statistics.median(round_[limit][0] for round_ in times), 4),
+                     "tokens_per_second": round(tokens / step), "utilisation": round(flops / step / peak, 4),
+                     "peak_memory_mb": round(memory[i] / 2 ** 20, 1)})
+    return rows
+
+
+def print_bench(rows):
+    """A line per row of a group; for a group of all methods also the ratios that matter."""
+    print(f"\n{'method':<17}{'E':>3}{'r':>4}{'layers':>7}{'tokens':>7}{'ms/step':>9}{'x limit':>8}{'tokens/s':>10}"
+          f"{'of peak':>8}{'forward':>9}{'MB':>9}")
+    for r in rows:
+        print(f"{r['name']:<17}{r['n_experts']:>3}{r['rank']:>4}{r['layers']:>7}{r['tokens']:>7}{r['step_ms']:>9.1f}"
+              f"{r['over_limit']:>8.3f}{r['tokens_per_second']:>10,}{r['utilisation']:>8.1%}{r['inference_ms']:>9.1f}"
+              f"{r['peak_memory_mb']:>9.0f}")
+    named = {r["name"]: r for r in rows}
+    if "lora" in named:
+        team = named["teamlora"]
+        print("teamlora's step over " + ", ".join(f"{name} {team['step_ms'] / r['step_ms']:.3f}"
+                                                  for name, r in named.items() if r != team))
+        print("teamlora's memory over " + ", ".join(f"{name} {team['peak_memory_mb'] / named[name]['peak_memory_mb']:.3f}"
+                                                    for name in ("frozen base", "lora")))
+    if rows[0]["group"] == "spread":
+        steps = [r["step_ms"] for r in rows[1:]]
+        print(f"spread over E: {max(steps) / min(steps):.3f}")
+
+
+def run_bench(cfg, saved):
+    """Time all groups of arms; prints them and writes bench.json."""
+    device, dtype = device_and_dtype(cfg)
+    torch.manual_seed(cfg.seed)
+    base = bench_base(cfg, device, dtype)
+    layers, peak = cfg.bench_layers or base.config.num_hidden_layers, matmul_peak(device, dtype)
+    if layers > base.config.num_hidden_layers:
+        raise InputError(f"--bench_layers={layers}, but {cfg.init_from} has only {base.config.num_hidden_layers} layers")
+    batches = bench_batches(cfg, base.config.vocab_size, 1.0)
+    real, padded = (sum(f(m) for *_, m in batches) for f in (lambda m: int(m.sum()), torch.numel))
+    print(f"{cfg.init_from or cfg.size}, {layers} layers, {str(dtype)[6:]} on "
+          f"{torch.cuda.get_device_name() if device == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}; matmul peak "
+          f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, {1 - real / padded:.1%} padding")
+    largest = max((m.shape for *_, m in batches), key=math.prod)
+    estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype,
+                               cfg.checkpointing)
+    print(f"computed memory of a step of {cfg.method}, in MB: {sum(estimate.values()) / 2 ** 20:,.0f} = "
+          + " + ".join(f"{n / 2 ** 20:,.0f} {name}" for name, n in estimate.items()))
+    rows = []
+    for group, arms in bench_arms(cfg, layers).items():
+        rows += (new := bench_group(group, arms, base, cfg, device, peak))
+        print_bench(new)
+    out = Path(cfg.out_dir)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomically(out / "bench.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    print(f"\nwrote {out}/bench.json")
+    return rows
 # ---- Experiments: methods side by side, and what the experts are worth
 
 def variants(cfg, model_config):
@@ -1013,7 +1318,7 @@ def plot_experts(result, results, out):
 
 
 MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export, "compare": run_compare,
-         "shapley": run_shapley}
+         "shapley": run_shapley, "bench": run_bench}
 
 
 def main(argv=None):
