@@ -678,7 +678,7 @@ class JsonTokenizer(Tokenizer):
         except Exception as e:                   # tokenizers raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({e})") from None
         # the file itself says whether its model was trained with a bos in front: Llama 3 yes, SmolLM2 no
-        self.prefix = [i for i in self.model.encode("").ids if i != eos][:1]
+        self.prefix = [i for i in self.model.encode("").ids if i != eos]
         self.eos, self.size = eos, 1 + max(self.model.get_vocab().values())
         self.use("paper")
 
