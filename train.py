@@ -44,7 +44,8 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again) or sample (answer --prompt, or the terminal)")
+    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again) or sample (answer --prompt or what "
+                              "is typed)")
     out_dir: str = flag("out", "folder for everything a run writes")
     init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
@@ -80,8 +81,8 @@ class Config:
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
-    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout, and end; "
-                           "with --method=none the base alone")
+    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout "
+                           "and --dtype, and end; with --method=none the base alone")
     base_steps: int = flag(2800, "built-in base: training steps")
     base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
     base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the embedding takes 0.15 of it")
@@ -621,7 +622,8 @@ def run_export(cfg, saved):
     for file in tokenizer.path.parent.glob("*token*.*"):     # tokenizer.json, special_tokens_map.json and the like
         shutil.copy(file, out)
     os.replace(out, cfg.export)
-    print(f"wrote {cfg.export}: {cfg.method} merged into {sum(p.numel() for p in model.base_parameters().values()):,} parameters")
+    n = sum(p.numel() for p in model.base_parameters().values())
+    print(f"wrote {cfg.export}: {n:,} parameters, method {cfg.method} merged in")
 
 
 def main(argv=None):
