@@ -630,7 +630,7 @@ TEMPLATES = {
 
 
 def read_template(text):
-    """The template of that name, or the text itself, with \\n for newlines and {output}{eos} added if it names no output.
+    """The template of that name, or the text itself, with \\n for newlines; {output}{eos} is added if there is no output.
 
     Raises InputError if it is no format string of {instruction}, {input}, {output} and {eos}.
     """
@@ -641,8 +641,8 @@ def read_template(text):
     except (LookupError, ValueError):
         template = ""
     if template.count("{instruction}") != 1 or template.count("{input}") > 1 or template.count("{output}") > 1:
-        raise InputError(f"--template must be {', '.join(TEMPLATES)} or a text with {{instruction}}, {{input}}, {{output}} and "
-                         f"{{eos}}, each of the first three once, not '{text}'")
+        raise InputError(f"--template must be {', '.join(TEMPLATES)} or a text with {{instruction}}, {{input}}, "
+                         f"{{output}} and {{eos}}, each of the first three once, not '{text}'")
     return template
 
 
@@ -667,8 +667,8 @@ class Tokenizer:
         end = self.template.partition("{output}")[2]
         ids = [self.eos] if end == "{eos}" else self.encode(end)
         if len(ids) != 1:
-            raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads as {len(ids)} ids; it "
-                             "must be a single control word of this tokenizer, or {eos}")
+            raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads as "
+                             f"{len(ids)} ids; it must be a single control word of this tokenizer, or {{eos}}")
         self.end = ids[0]
 
     def encode(self, text):
@@ -693,7 +693,7 @@ class JsonTokenizer(Tokenizer):
         except Exception as e:                   # tokenizers raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({e})") from None
         # the file itself says whether its model was trained with a bos in front: Llama 3 yes, SmolLM2 no
-        self.prefix = [i for i in self.model.encode("").ids if i != eos][:1]
+        self.prefix = [i for i in self.model.encode("").ids if i != eos]
         self.eos, self.size = eos, 1 + max(self.model.get_vocab().values())
         self.use("paper")
 
@@ -710,8 +710,8 @@ def open_tokenizer(folder, eos):
     # Meta's Llama 3 calls a list of lines "base64 rank", for the package tiktoken, tokenizer.model too
     ranks = pieces.is_file() and re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", pieces.open("rb").read(1000))
     if ranks and not words.is_file():
-        raise InputError(f"{pieces} is Llama 3's in tiktoken's format, which is not read here; put the tokenizer.json of the same "
-                         "model on Hugging Face beside it and pip install tokenizers")
+        raise InputError(f"{pieces} is Llama 3's in tiktoken's format, which is not read here; put the tokenizer.json "
+                         "of the same model on Hugging Face beside it and pip install tokenizers")
     if pieces.is_file() and words.is_file():
         print(f"tokenizer: {words.name if ranks else pieces.name}; the other one in {folder} is not used")
     if pieces.is_file() and not ranks:

@@ -513,7 +513,8 @@ def open_meta(folder):
         V = len(embedding) * (n if embedding.shape[1] == C else 1)
         # Llama 3.2 (1B and 3B, narrower than all others) stretches by 32; its file does not say so
         scaling = {"rope_type": "llama3", **SCALING["llama3"], "factor": 32.0 if C < 4096 else 8.0}
-        ends = {"bos_token_id": 128000, "eos_token_id": (128001, 128008, 128009)}          # of Llama 3
+        llama3 = {"bos_token_id": 128000, "eos_token_id": (128001, 128008, 128009),
+                  "max_position_embeddings": 131072 if raw.get("use_scaled_rope") else 8192}
         config = LlamaConfig(
             vocab_size=V, hidden_size=C, intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
             num_hidden_layers=raw["n_layers"], num_attention_heads=H, head_dim=D, rms_norm_eps=raw["norm_eps"],
@@ -521,7 +522,7 @@ def open_meta(folder):
             rope_theta=raw.get("rope_theta") or 10000.0,
             rope_scaling=scaling if raw.get("use_scaled_rope") else None,
             tie_word_embeddings=first.get("output.weight", embedding).data_ptr() == embedding.data_ptr(),
-            **(ends if V == 128256 else {}))
+            **(llama3 if V == 128256 else {"max_position_embeddings": 4096}))
     except KeyError as e:
         raise InputError(f"{folder}: {e} is missing in params.json or consolidated.00.pth") from None
 

@@ -116,8 +116,8 @@ class TeamLoRALinear(nn.Linear):
     def update(self):
         """What the adapter adds to `weight`, (out, in), in fp32. Raises InputError if it depends on the token."""
         if self.router is not None and self.n_experts > 1:
-            raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its base: their weights "
-                             "depend on the token, a merged weight cannot; lora and n_experts=1 can be")
+            raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its base: their "
+                             "weights depend on the token; lora and every method with n_experts=1 can")
         A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
         w = self.route(A.new_zeros(self.in_features))        # (E,), the same for every token
         return B @ self.weighted(A.T, w * (self.alpha / self.rank)).T

@@ -455,6 +455,15 @@ def test_safetensors_round_trip_keeps_every_bit(tmp_path):
     assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
 
 
+class Intruder:
+    """Pickled, it is a call that makes a file: what an unsafe reader runs."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
 def damaged(folder, how):
     """A Llama folder spoilt in one way."""
     config, weights = json.loads((folder / "config.json").read_text()), dict(open_weights(folder))
@@ -489,7 +498,7 @@ def damaged(folder, how):
         (folder / "model.safetensors").unlink()
     if how == "code inside":
         (folder / "model.safetensors").unlink()
-        torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin")
+        torch.save({"model.norm.weight": Intruder(folder / "ran")}, folder / "pytorch_model.bin")
     if how in ("nested bin", "int8 bin", "cut bin"):
         (folder / "model.safetensors").unlink()
         torch.save({"nested bin": {"model": weights}, "int8 bin": {"w": torch.ones(3, dtype=torch.int8)}, "cut bin": weights}[how],
@@ -523,6 +532,7 @@ def test_damaged_folder_is_refused_by_name(tmp_path, how, message):
     damaged(tmp_path, how)
     with pytest.raises(InputError, match=message):
         load_llama(tmp_path)
+    assert not (tmp_path / "ran").exists()
 
 
 def write_hub(model, folder, suffix, n_shards, index):
@@ -627,7 +637,7 @@ def test_every_meta_layout_gives_the_same_logits(tmp_path, config, n_shards, axi
     (lambda f, w: w.pop("norm.weight") is None or torch.save(w, f / "consolidated.01.pth"), None),
     (lambda f, w: torch.save(w | {"layers.2.feed_forward.w2.weight": torch.ones(48, 27)}, f / "consolidated.01.pth"),
      r"down_proj.weight has shape \(48, 28\) \+ \(48, 27\), its config says \(48, 56\)"),
-    (lambda f, w: torch.save(w | {"code": print}, f / "consolidated.00.pth"), "not a readable file of tensors")])
+    (lambda f, w: torch.save(w | {"code": Intruder(f / "ran")}, f / "consolidated.00.pth"), "not a readable file of tensors")])
 def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
     """Catches a Meta folder that is loaded in part."""
     write_meta(tiny("none", train.replace(TINY, vocab_size=106)), tmp_path, 2, 1, {"rope_theta": 500.0})
@@ -637,6 +647,27 @@ def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
     else:
         with pytest.raises(InputError, match=message):
             load_llama(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
+@pytest.mark.parametrize("layout", ["safetensors", "Meta's shards"])
+def test_loading_holds_the_model_once(tmp_path, layout):
+    """Catches file pages that stay resident beside their copies, shards joined aside, a model built before it is filled."""
+    model = Llama(LlamaConfig(8000, 512, 2048, 6, 8, 8, 64))                         # 134 MB
+    write_hub(model, tmp_path, "safetensors", 2, True) if layout == "safetensors" else write_meta(model, tmp_path, 2, 1, {})
+    script = """if True:
+        import sys
+        from model import load_llama
+        def memory(key):
+            return int(open("/proc/self/status").read().split(key + ":")[1].split()[0]) * 1024
+        before = memory("VmRSS")
+        model = load_llama(sys.argv[1])
+        print(memory("VmHWM") - before, *(p.nbytes for p in model.parameters()))"""
+    result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True,
+                            cwd=os.path.dirname(train.__file__))
+    rise, *sizes = map(int, result.stdout.split())
+    assert sum(sizes) < rise < 1.15 * sum(sizes) + max(sizes)
 
 
 LONG = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
@@ -1056,6 +1087,14 @@ def test_without_a_prompt_every_line_is_answered_as_it_comes(finished, capsys, m
     assert capsys.readouterr().out == "".join(f"{a}\n" for a in expected)
     train.main(flags + [f"--prompt={questions[1]}"])
     assert capsys.readouterr().out == f"{expected[1]}\n"
+
+
+def test_generation_ends_where_the_template_ends_an_answer(finished):
+    """Catches an answer that runs past <|eot_id|> because the base's files name another end."""
+    cfg, _ = train.compose({"mode": "eval", "out_dir": str(finished[0]), "device": "cpu", "method": "none",
+                            "template": "{instruction}{output}the"})
+    model, tokenizer, _ = train.prepare(cfg, None)
+    assert model.config.eos_token_id == (tokenizer.end, 2) == (tokenizer.encode("the")[0], 2)
 
 
 def test_letters_of_several_tokens_are_printed_once_whole(tokenizer, capsys):

@@ -105,8 +105,8 @@ class Config:
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
                                  "best is at the edge, the next beyond it is tried too")
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
-    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout, and end; "
-                           "with --method=none the base alone")
+    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout "
+                           "and --dtype, and end; with --method=none the base alone")
     size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong "
                                      "name lists all")
     bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with these numbers of "
@@ -749,7 +749,8 @@ def run_export(cfg, saved):
     for file in tokenizer.path.parent.glob("*token*.*"):     # tokenizer.json, special_tokens_map.json and the like
         shutil.copy(file, out)
     os.replace(out, cfg.export)
-    print(f"wrote {cfg.export}: {cfg.method} merged into {sum(p.numel() for p in model.base_parameters().values()):,} parameters")
+    n = sum(p.numel() for p in model.base_parameters().values())
+    print(f"wrote {cfg.export}: {n:,} parameters, method {cfg.method} merged in")
 
 
 # ---- The benchmark: whole steps in turns, beside the limit, a step of the frozen base that trains nothing
