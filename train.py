@@ -14,16 +14,23 @@ What may surprise:
 - No autocast and no GradScaler: the base is bf16 on CUDA and fp32 on the CPU, adapters are fp32 and cast where used.
 - The same seed gives the same examples in the same order for every method.
 - Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding is right.
+- A step's examples and its dropout follow from (seed, step) alone, so a checkpoint holds no random state.
 """
 
 import argparse
+import functools
 import json
 import math
 import os
-import resource
+import random
+import shlex
 import shutil
+import signal
+import sqlite3
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -68,11 +75,12 @@ class Config:
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
     dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 otherwise")
-    seed: int = flag(0, "seed of adapters, data order and dropout")
+    seed: int = flag(0, "seed of adapters, data order, dropout and sampling")
+    deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an error; the CPU's do anyway")
     log_every: int = flag(10, "write a line of log.jsonl every so many steps")
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: never")
     stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to the end")
-    resume: bool = flag(False, "continue from out_dir/checkpoint.pt")
+    resume: bool = flag(False, "continue from out_dir/checkpoint.pt; start if there is none")
     prompt: str = flag("", "what to answer with --mode=sample")
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
@@ -89,7 +97,8 @@ class Config:
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
-# what an adapter fixes for later use, and what may change when a run is resumed
+# what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
+OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
 OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "device", "out_dir")
 
@@ -216,11 +225,44 @@ def accumulate_gradients(model, batches, balance=0.0):
     return total, n
 
 
-def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None):
+MOST_SKIPPED = 20                                # steps in a row that may be skipped before the run gives up
+
+
+@contextmanager
+def held_signals():
+    """Yields a list that the first SIGINT or SIGTERM is noted in, so that a step can be finished; a second one kills."""
+    noted, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(number)
+        for s in handlers:
+            signal.signal(s, signal.SIG_DFL)
+        tqdm.write(f"{signal.Signals(number).name}: finishing this step and saving; a second one ends the run at once")
+    for s in handlers:
+        signal.signal(s, note)
+    try:
+        yield noted
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def attempt(write, *args):
+    """write(*args) and True; False and a warning if the disk is full or the folder cannot be written: the run goes on."""
+    try:
+        write(*args)
+    except OSError as e:
+        tqdm.write(f"warning: {e}; training goes on, what was written before stays, and the next time it is tried again")
+        return False
+    return True
+
+
+def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None, stopped=()):
     """Train for `steps` steps. step_batches: step -> micro-batches; optimizers hold their peak learning rates.
 
     log(record) gets a dict at every logged step, save(optimizers, totals) is called when a checkpoint is due, resumed
     is what it saved. Returns totals: step, seconds, tokens (without padding), skipped steps.
+    Raises KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds something.
     """
     device = next(model.parameters()).device
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -237,29 +279,48 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
     model.train()
     bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step", dynamic_ncols=True,
                mininterval=1)
+    in_a_row = 0
     for step in bar:
+        torch.manual_seed(random.Random(f"dropout {cfg.seed} {step}").getrandbits(63))
         batches = [[t.to(device) for t in b] for b in step_batches(step)]
         share = schedule(step, steps, cfg.warmup)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
             group["lr"] = peak * share
-        loss, supervised = accumulate_gradients(model, batches, balance)
+        try:
+            loss, supervised = accumulate_gradients(model, batches, balance)
+        except torch.OutOfMemoryError:           # nothing has changed since the step before
+            model.zero_grad(set_to_none=True)
+            if save and attempt(save, optimizers, totals):
+                tqdm.write(f"out of memory; saved after step {totals['step']}")
+            raise
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
-        totals["skipped"] += not math.isfinite(norm)
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        totals["skipped"], in_a_row = totals["skipped"] + (not finite), 0 if finite else in_a_row + 1
         for optimizer in optimizers:
-            if math.isfinite(norm):
+            if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         totals["tokens"] += sum(int(m.sum()) for *_, m in batches)
         totals["step"], totals["seconds"] = step + 1, time.perf_counter() - begun
-        if (step + 1) % cfg.log_every == 0 or step + 1 == end:
+        if (step + 1) % cfg.log_every == 0 or step + 1 == steps:
             rate = round(totals["tokens"] / totals["seconds"])
             bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,} tokens/s", refresh=False)
             if log:
-                log({"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share, "gradient_norm": norm,
-                     "supervised_tokens": supervised, "tokens_per_second": rate, "skipped": totals["skipped"],
-                     "seconds": round(totals["seconds"], 2)})
-        if save and (step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
-            save(optimizers, totals)
+                attempt(log, {"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share, "gradient_norm": norm,
+                              "supervised_tokens": supervised, "tokens_per_second": rate, "skipped": totals["skipped"],
+                              "seconds": round(totals["seconds"], 2)})
+        stopping, hopeless = stopped or step + 1 == end < steps, in_a_row == MOST_SKIPPED
+        if save and stopping:
+            save(optimizers, totals)             # there is no next time: if it fails, so does the run
+        elif save and (hopeless or step + 1 == steps or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
+            attempt(save, optimizers, totals)
+        if hopeless:
+            raise InputError(f"{in_a_row} steps in a row up to step {step + 1} had a loss or gradient that is not finite; they "
+                             "changed nothing. Lower --learning_rate, or look for bad numbers in the base")
+        if stopping:
+            break
+    if stopped or totals["step"] < steps:
+        raise KeyboardInterrupt(f"stopped after {totals['step']} of {steps} steps")
     return totals
 
 
@@ -342,23 +403,105 @@ def print_samples(model, tokenizer, split, cfg, n=2):
 
 # ---- Files
 
-def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks sees the old file or the new one, never half of it."""
+def write_atomically(path, write, keep=None):
+    """write(binary file) into a temporary file, flush that to the disk, rename it: whoever looks, even after a power cut,
+    sees the old file or the new one, never half of it. The old one is kept as `keep`, if that is given."""
     temporary = Path(f"{path}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and path.is_file():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)        # half a file would keep a full disk full
 
 
-def read_saved(path):
-    """A checkpoint or adapter file. Only tensors and plain values are read; code inside is refused."""
+def previous(path):
+    """Where the checkpoint before the one at path lies."""
+    return path.with_name("previous_" + path.name)
+
+
+def read_checkpoint(path):
+    """The checkpoint at path; the one before it, with a warning, if that is damaged; None if there is neither."""
+    paths = [p for p in (path, previous(path)) if p.is_file()]
+    for p in paths:
+        try:
+            return read_saved(p, "optimizers", "totals")
+        except InputError as e:
+            if p == paths[-1]:
+                raise
+            print(f"warning: {e}; continuing from {paths[-1]}, the checkpoint before it")
+
+
+def read_saved(path, *more):
+    """A checkpoint or adapter file, which must also hold `more`. Only tensors and plain values are read; code inside is
+    refused. Settings that the file does not know have their defaults."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train first, or point --out_dir to where it lies")
     try:
+        with zipfile.ZipFile(path) as archive:   # torch.save leaves a checksum per tensor, torch.load never looks at it
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} fails its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"]["targets"] = tuple(saved["config"]["targets"])
+        for key, value in saved["config"].items():
+            if type(value) is not type(getattr(Config, key, None)):
+                raise ValueError(f"its setting {key}={value} is not one of this program's")
+        if missing := {"parameters", "fingerprint", *more} - saved.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        for key, value in saved["parameters"].items():
+            if not value.isfinite().all():
+                raise ValueError(f"{key} has numbers that are not finite")
     except Exception as e:                       # torch raises anything from RuntimeError to UnpicklingError here
-        raise InputError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]})") from None
-    return saved
+        raise InputError(f"{path}: not a readable checkpoint or adapter ({str(e).splitlines()[0]})") from None
+    return saved | {"config": {f.name: f.default for f in fields(Config)} | saved["config"]}
+
+
+class Log:
+    """log.jsonl from `size` bytes on. What cannot be written waits in memory, so that a full disk loses no line."""
+
+    def __init__(self, path, size=0):
+        with open(path, "ab") as f:
+            if f.tell() < size:
+                print(f"warning: {path} is shorter than it was at the checkpoint; its last lines are lost")
+            self.path, self.size, self.waiting = path, min(size, f.tell()), b""
+            f.truncate(self.size)                # steps that are about to be done again
+
+    def __call__(self, record):
+        # NaN is no JSON
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self.waiting += (json.dumps(record) + "\n").encode()
+        self.flush()
+
+    def flush(self, sync=False):
+        with open(self.path, "r+b") as f:
+            f.seek(self.size)
+            f.write(self.waiting)
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        self.size, self.waiting = self.size + len(self.waiting), b""
+
+
+@functools.cache
+def lock(folder):
+    """Keep other runs out of a folder until this process ends, however it ends. Raises InputError naming the holder.
+
+    SQLite's lock is the kernel's, on every system, so a killed run leaves no stale one: only a file that nobody holds.
+    """
+    held = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+    try:
+        held.execute(f"PRAGMA user_version = {os.getpid()}")     # committed, so that others can read it
+        held.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as e:
+        if "locked" not in str(e):
+            raise InputError(f"{folder}/lock: {e}; can the folder be written?") from None
+        pid, = held.execute("PRAGMA user_version").fetchone()
+        raise InputError(f"{folder} is in use by process {pid}; wait for it, or choose another --out_dir") from None
+    return held
 
 
 def compose(given):
@@ -367,19 +510,37 @@ def compose(given):
     Raises InputError if a flag contradicts the file.
     """
     cfg = check(Config(**given))
-    if cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
+    if given.get("method") == "none":
         return cfg, None
     path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
-    saved = read_saved(path)
+    saved = read_checkpoint(path) if cfg.mode == "train" else read_saved(path)
+    if cfg.mode == "train" and not cfg.resume:
+        if saved and saved["totals"]["step"] < saved["config"]["steps"]:
+            raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of a run that has not "
+                             "ended: continue it with --resume, delete it, or choose another --out_dir")
+        return cfg, None
+    if not saved:
+        print(f"nothing to resume in {cfg.out_dir} yet: starting")
+        return cfg, None
     for name, value in given.items():
         fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
         if fixed and saved["config"][name] != value:
             raise InputError(f"--{name}={value} contradicts {path}, which was made with {saved['config'][name]}")
-    of_run = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
-    return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in of_run})), saved
+    return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in OF_CALL})), saved
 
 
 # ---- The parts of a run
+
+def adapter_content(cfg, base, model):
+    """What an adapter file holds; the same bytes wherever and in however many calls it was made."""
+    config = {k: v for k, v in asdict(cfg).items() if k not in OF_CALL}
+    return {"config": config, "fingerprint": base, "parameters": parameter_state(trained(model))}
+
+
+def checkpoint_content(cfg, base, model, optimizers, totals):
+    """What continuing needs: no random state, for a step's examples and dropout follow from (seed, step)."""
+    return adapter_content(cfg, base, model) | {"optimizers": [o.state_dict() for o in optimizers], "totals": dict(totals)}
+
 
 def make_base(cfg, device):
     """The small base model, made once: out_dir/base, an ordinary Llama folder, with made_from.json beside the weights."""
@@ -391,9 +552,17 @@ def make_base(cfg, device):
         print(f"base: {folder}, made before")
         return folder
     temporary = Path(f"{folder}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock(folder.parent.resolve())
+    made_from = json.dumps(recipe, indent=1) + "\n"
+    checkpoint = temporary / "checkpoint.pt"
+    saved = read_checkpoint(checkpoint)
+    if saved and saved["fingerprint"] != made_from:
+        saved = None
+    if not saved:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
     tokenizer = data.Tokenizer(temporary / "tokenizer.model")
     torch.manual_seed(cfg.base_seed)
     C = cfg.base_width
@@ -401,18 +570,35 @@ def make_base(cfg, device):
                         num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32, num_key_value_heads=C // 32,
                         head_dim=32, rope_theta=100.0, tie_word_embeddings=True, max_position_embeddings=256)
     model = Llama(sizes, AdapterConfig(method="full")).init_weights(positional=C // 32).to(device)
-    print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
-          f"on plain statements for {cfg.base_steps} steps")
+    if saved:
+        load_parameters(trained(model), saved["parameters"])
+        print(f"base: continuing {temporary} after {saved['totals']['step']} of {cfg.base_steps} steps")
+    else:
+        print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
+              f"on plain statements for {cfg.base_steps} steps")
+
+    def save(optimizers, totals):
+        content = checkpoint_content(cfg, made_from, model, optimizers, totals)
+        write_atomically(checkpoint, lambda f: torch.save(content, f), previous(checkpoint))
 
     def step_batches(step):
         n = cfg.base_batch_size
         return [data.collate(b) for b in data.cut([data.encode(tokenizer, corpus(i)) for i in range(step * n, (step + 1) * n)],
                                                   cfg.max_tokens)]
-    fit(model, step_batches, make_base_optimizers(model, cfg), cfg, cfg.base_steps, name="base")
+    # the base follows from its recipe alone
+    own = replace(cfg, stop_after=0, warmup=Config.warmup, clip=Config.clip, seed=Config.seed, balance=Config.balance)
+    with held_signals() as stopped:
+        fit(model, step_batches, make_base_optimizers(model, cfg), own, cfg.base_steps, name="base", resumed=saved, save=save,
+            stopped=stopped)
     save_llama(model, temporary)
-    (temporary / "made_from.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    (temporary / "made_from.json").write_text(made_from)
+    for path in temporary.iterdir():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())                 # on the disk before the name out/base is
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+    for path in (checkpoint, previous(checkpoint)):
+        (folder / path.name).unlink(missing_ok=True)
     return folder
 
 
@@ -443,6 +629,9 @@ def encode_data(cfg, tokenizer, rows):
 def peak_memory_mb():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    if sys.platform == "win32":                  # which has no resource module
+        return None
+    import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 10 if sys.platform == "linux" else 2 ** 20))
 
 
@@ -466,6 +655,8 @@ def prepare(cfg, saved):
                          f"than {folder} ({base})")
     if saved:
         load_parameters(trained(model), saved["parameters"])
+        if adapter_layers(model) and not any(layer.lora_B.any() for _, layer in adapter_layers(model)):
+            print(f"warning: every B of the adapter in {cfg.out_dir} is zero, so it changes nothing, although it was trained")
     model.checkpointing = cfg.checkpointing
     return model, tokenizer, base
 
@@ -496,47 +687,38 @@ def run_train(cfg, saved):
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
     stream, split, chance = encode_data(cfg, tokenizer, rows)
+    rows_digest = data.digest(map(str, rows[0] + rows[1])) if rows else ""
+    if saved and saved["rows"] != rows_digest:
+        raise InputError(f"the rows of --data are not those that the checkpoint in {out} was made with")
     out.mkdir(parents=True, exist_ok=True)
+    lock(out.resolve())
 
     def step_examples(step):
         return [stream(i) for i in range(step * cfg.batch_size, (step + 1) * cfg.batch_size)]
 
     print_start(cfg, model, tokenizer, step_examples)
     before = saved["before"] if saved else evaluate(model, split, cfg.max_tokens, "before")
-    if saved:
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["cuda_rng"])
-        kept = [line for line in (out / "log.jsonl").read_text().splitlines(True)
-                if json.loads(line)["step"] <= saved["totals"]["step"]]
-        write_atomically(out / "log.jsonl", lambda path: path.write_text("".join(kept)))
-    else:
-        (out / "log.jsonl").unlink(missing_ok=True)
-        torch.manual_seed(cfg.seed)
-
-    def log(record):
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-
-    def content(**more):
-        return {"config": asdict(cfg), "fingerprint": base, "parameters": parameter_state(trained(model)), **more}
+    if not saved:
+        for path in (out / "checkpoint.pt", previous(out / "checkpoint.pt")):
+            path.unlink(missing_ok=True)         # of a run that has ended: a later --resume means this one
+    log = Log(out / "log.jsonl", saved["log_bytes"] if saved else 0)
 
     def save(optimizers, totals):
-        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-        checkpoint = content(optimizers=[o.state_dict() for o in optimizers], totals=dict(totals), before=before, **rng)
-        write_atomically(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        log.flush(sync=True)                     # a checkpoint is never ahead of the log
+        content = checkpoint_content(cfg, base, model, optimizers, totals) | {
+            "before": before, "rows": rows_digest, "log_bytes": log.size}
+        write_atomically(out / "checkpoint.pt", lambda f: torch.save(content, f), previous(out / "checkpoint.pt"))
 
     def step_batches(step):
         return [data.collate(b) for b in data.cut(step_examples(step), cfg.max_tokens)]
 
-    totals = fit(model, step_batches, make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log, save=save)
-    if totals["step"] < cfg.steps:
-        print(f"stopped after {totals['step']} of {cfg.steps} steps; --resume continues")
-        return None
+    with held_signals() as stopped:
+        totals = fit(model, step_batches, make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log, save=save,
+                     stopped=stopped)
     results = evaluate(model, split, cfg.max_tokens, "after")
-    write_atomically(out / "adapter.pt", lambda path: torch.save(content(), path))
+    write_atomically(out / "adapter.pt", lambda f: torch.save(adapter_content(cfg, base, model), f))
     summary = summarise(cfg, model, totals, before, results, chance)
-    write_atomically(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_atomically(out / "summary.json", lambda f: f.write((json.dumps(summary, indent=1) + "\n").encode()))
     print_results(results, chance, before)
     print_samples(model, tokenizer, split, cfg)
     print(f"\nmean accuracy {summary['mean_accuracy']:.3f}, before {summary['base_mean_accuracy']:.3f}; {summary['seconds']:.0f} s of "
@@ -577,13 +759,27 @@ def run_sample(cfg, saved):
 
 
 def main(argv=None):
+    given = {}
     try:
-        cfg, saved = compose(parse_flags(argv))
+        given = parse_flags(argv)
+        cfg, saved = compose(given)
         torch.set_float32_matmul_precision("high")
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(cfg.deterministic)
         return {"train": run_train, "eval": run_eval, "sample": run_sample}[cfg.mode](cfg, saved)
-    except InputError as e:
+    except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add --checkpointing; a run "
+                 "that was training continues with the same flags, these changed, and --resume")
+    except KeyboardInterrupt as e:
+        if given.get("mode", "train") != "train":
+            sys.exit("error: interrupted")
+        flags = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in given.items() if k not in ("resume", "stop_after")]
+        print(f"{str(e) or 'stopped'}; continue with: {shlex.join(['python', 'train.py', *flags, '--resume'])}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # outside of training too, a SIGTERM is like Ctrl-C
     main()
