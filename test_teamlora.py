@@ -844,7 +844,7 @@ def test_second_signal_ends_at_once():
     code = ("import signal, train\nwith train.held_signals() as noted:\n    signal.raise_signal(signal.SIGINT)\n"
             "    print(noted, flush=True)\n    signal.raise_signal(signal.SIGTERM)\n    print('still here')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM and "SIGINT" in done.stdout and "still here" not in done.stdout
+    assert done.returncode == -signal.SIGTERM and "SIGINT" in done.stderr and "[2]" in done.stdout and "still here" not in done.stdout
 
 
 def truncated(raw):
@@ -1068,7 +1068,7 @@ def test_deterministic_flag_gives_the_same_bits_here(finished, tmp_path):
 
 
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 pytest runs it")
-PROCESS = [sys.executable, str(Path(train.__file__)), "--device=cpu", "--base_steps=40", "--base_width=32", "--base_layers=1",
+PROCESS = [sys.executable, str(Path(train.__file__)), "--device=cpu", "--base_steps=20", "--base_width=32", "--base_layers=1",
            "--base_batch_size=2", "--batch_size=4", "--val_examples=2", "--rank=2", "--dropout=0.1", "--log_every=1", "--resume"]
 
 
@@ -1076,10 +1076,17 @@ PROCESS = [sys.executable, str(Path(train.__file__)), "--device=cpu", "--base_st
 def test_thirty_kills_leave_no_trace(tmp_path):
     """SIGKILL at 30 random moments, every second one while a checkpoint is being written; the same command line each time.
     Catches any state that is lost, torn or done twice: base, adapters, optimizer and log must equal those of a run left alone."""
-    command = [*PROCESS, "--steps=150", "--save_every=1", "--seed=3"]
+    command = [*PROCESS, "--steps=150", "--save_every=1"]
 
     def start(out):
         return subprocess.Popen([*command, f"--out_dir={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def saving(out, since):
+        """Whether a checkpoint is half written; what an earlier kill left behind does not count."""
+        try:
+            return any(p.stat().st_mtime > since for p in out.rglob("checkpoint.pt.tmp"))
+        except FileNotFoundError:
+            return False
 
     whole, begun = tmp_path / "whole", time.perf_counter()
     process = start(whole)
@@ -1089,19 +1096,18 @@ def test_thirty_kills_leave_no_trace(tmp_path):
         if not n_runs or (out / "summary.json").exists():
             n_runs += 1
             out = tmp_path / f"run {n_runs}"
-        process = start(out)
-        if sum(kills.values()) < 30:
-            deadline, saving = time.perf_counter() + rng.uniform(0, seconds / 2), sum(kills.values()) % 2
-            partial = [out / "base.tmp" / "checkpoint.pt.tmp", out / "checkpoint.pt.tmp"]
-            while process.poll() is None and (time.perf_counter() < deadline or saving and not any(p.exists() for p in partial)):
+        process, since = start(out), time.time()
+        if (n := sum(kills.values())) < 30:
+            deadline = since + rng.uniform(0, seconds / 2)
+            while process.poll() is None and (time.time() < deadline or n % 2 and not saving(out, since)):
                 time.sleep(0.0005)
             process.kill()
         printed, _ = process.communicate()
         assert process.returncode in (0, -signal.SIGKILL), printed
         if process.returncode:
             where = "in the base" if not (out / "base").exists() else "in training" if (out / "log.jsonl").exists() else "between"
-            kills[where + (", during a save" if any(p.exists() for p in partial) else "")] += 1
-            print(f"kill {sum(kills.values())} in run {n_runs}:", where, [p.name for p in partial if p.exists()], flush=True)
+            kills[where + ", during a save" * saving(out, since)] += 1
+            print(f"kill {n + 1} in run {n_runs}: {where}{', during a save' * saving(out, since)}", flush=True)
         if (out / "summary.json").exists():
             assert_same_run((whole,), out)
             assert [r["step"] for r in read_log(out)] == list(range(1, 151))

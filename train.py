@@ -237,7 +237,8 @@ def held_signals():
         noted.append(number)
         for s in handlers:
             signal.signal(s, signal.SIG_DFL)
-        tqdm.write(f"{signal.Signals(number).name}: finishing this step and saving; a second one ends the run at once")
+        # not print: the signal may have come in the middle of one
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving; a second one ends it at once\n".encode())
     for s in handlers:
         signal.signal(s, note)
     try:
@@ -456,7 +457,8 @@ def read_saved(path, *more):
             if not value.isfinite().all():
                 raise ValueError(f"{key} has numbers that are not finite")
     except Exception as e:                       # torch raises anything from RuntimeError to UnpicklingError here
-        raise InputError(f"{path}: not a readable checkpoint or adapter ({str(e).splitlines()[0]})") from None
+        raise InputError(f"{path}: not a readable checkpoint or adapter ({str(e).splitlines()[0]}); delete it "
+                         "or put a good copy there") from None
     return saved | {"config": {f.name: f.default for f in fields(Config)} | saved["config"]}
 
 
