@@ -839,6 +839,15 @@ def test_a_signal_finishes_the_step_and_tells_how_to_continue(finished, tmp_path
         assert_same_run(finished, out)
 
 
+def test_a_signal_while_the_tokenizer_is_made(tmp_path, monkeypatch, capsys):
+    """Catches sentencepiece's own error where the command to continue belongs."""
+    make = data.make_tokenizer
+    monkeypatch.setattr(data, "make_tokenizer", lambda path, rows: make(
+        path, (r for i, r in enumerate(rows) if i or signal.raise_signal(signal.SIGINT) is None)))
+    assert train.main(SMALL + [f"--out_dir={tmp_path}"]) is None
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped; continue with: python train.py ")
+
+
 def test_second_signal_ends_at_once():
     """Catches a run that cannot be stopped while a step or a save hangs."""
     code = ("import signal, train\nwith train.held_signals() as noted:\n    signal.raise_signal(signal.SIGINT)\n"
@@ -1030,8 +1039,9 @@ def test_folder_is_locked_by_a_run_and_freed_by_its_death(finished, tmp_path):
         assert holder.stdout.readline() == b"held\n"
         run_like(finished, tmp_path)
         before = files_in(tmp_path)
-        with pytest.raises(SystemExit, match=f"in use by process {holder.pid};"):
-            train.main(run_like(finished, tmp_path, "--steps=1"))
+        for more in ("--steps=1", "--resume"):
+            with pytest.raises(SystemExit, match=f"in use by process {holder.pid};"):
+                train.main(run_like(finished, tmp_path, more))
         assert files_in(tmp_path) == before
         holder.kill()
     assert (tmp_path / "lock").exists() and train.main(run_like(finished, tmp_path, "--steps=1"))["steps"] == 1

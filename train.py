@@ -515,6 +515,8 @@ def compose(given):
     if given.get("method") == "none":
         return cfg, None
     path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
+    if cfg.mode == "train" and (path.parent / "lock").exists():
+        lock(path.parent.resolve())              # before a checkpoint is read that another run may be about to replace
     saved = read_checkpoint(path) if cfg.mode == "train" else read_saved(path)
     if cfg.mode == "train" and not cfg.resume:
         if saved and saved["totals"]["step"] < saved["config"]["steps"]:
@@ -564,7 +566,10 @@ def make_base(cfg, device):
     if not saved:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
+        with held_signals() as stopped:          # sentencepiece would make its own error of a KeyboardInterrupt
+            data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
+        if stopped:
+            raise KeyboardInterrupt
     tokenizer = data.Tokenizer(temporary / "tokenizer.model")
     torch.manual_seed(cfg.base_seed)
     C = cfg.base_width
