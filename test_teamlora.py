@@ -11,10 +11,15 @@ import io
 import json
 import math
 import os
+import pickle
 import random
+import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -1010,7 +1015,7 @@ def test_balance_gradient_equals_autograd_of_the_term(tokenizer):
 # ---- Does a run do what it says?
 
 BASE = ["--base_steps=3", "--base_width=64", "--base_layers=2", "--base_batch_size=4"]
-REAL = ["--device=cpu", "--batch_size=11", "--val_examples=3", "--rank=2", "--log_every=1", "--warmup=0.2"]
+REAL = ["--device=cpu", "--batch_size=11", "--val_examples=3", "--rank=2", "--log_every=1", "--warmup=0.2", "--save_every=4"]
 SMALL = BASE + REAL
 
 
@@ -1022,9 +1027,9 @@ def finished(tmp_path_factory):
 
 
 def same(a, b):
-    """Whether two nested structures hold the same bits; wall-clock times apart."""
+    """Whether two nested structures hold the same bits; what depends on wall-clock times apart."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "tokens_per_second", "config"))
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "tokens_per_second", "log_bytes"))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -1366,6 +1371,358 @@ def test_adapter_for_another_base_is_refused(finished, tmp_path):
         (tmp_path / "base" / name).write_bytes((finished[0] / "base" / name).read_bytes())
     with pytest.raises(SystemExit, match="another base"):
         train.main(["--mode=eval", f"--out_dir={tmp_path}", "--device=cpu"])
+
+
+# ---- Does a run survive whatever happens to it?
+
+def run_like(finished, out, *more):
+    """The flags of the finished run, in a folder of its own with the same base."""
+    out.mkdir(exist_ok=True)
+    if not (out / "base").exists():
+        (out / "base").symlink_to(finished[0] / "base")
+    return SMALL + [f"--out_dir={out}", "--steps=20", *more]
+
+
+def assert_same_run(finished, out):
+    """The run in `out` ended like the finished one, bit for bit."""
+    assert (out / "adapter.pt").read_bytes() == (finished[0] / "adapter.pt").read_bytes()
+    assert same(*(torch.load(o / "checkpoint.pt", weights_only=True) for o in (finished[0], out)))
+    assert same(*(read_log(o) for o in (finished[0], out)))
+
+
+def read_log(out):
+    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("steps, at", [(3, 1), (20, 6), (20, 19)], ids=["base", "middle", "last step"])
+def test_a_signal_finishes_the_step_and_tells_how_to_continue(finished, tmp_path, monkeypatch, capsys, number, steps, at):
+    """Catches a signal that tears a step, is forgotten, or leaves a command that does not continue; in making the base too."""
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", lambda step, n, warmup: (
+        signal.raise_signal(number) if (step, n) == (at, steps) else None) or schedule(step, n, warmup))
+    handler = signal.getsignal(number)
+    out = tmp_path / "a folder"
+    flags = [f for f in run_like(finished, out) if steps == 20 or out.joinpath("base").unlink(True) is None]
+    assert train.main(flags) is None and signal.getsignal(number) == handler
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.startswith(f"stopped after {at + 1} of {steps} steps; continue with: python train.py ")
+    monkeypatch.undo()
+    train.main(shlex.split(told.partition("python train.py ")[2]))
+    if steps == 3:
+        assert (out / "base" / "model.safetensors").read_bytes() == (finished[0] / "base" / "model.safetensors").read_bytes()
+        assert not (out / "base.tmp").exists() and not (out / "base" / "checkpoint.pt").exists()
+    else:
+        assert_same_run(finished, out)
+
+
+def test_a_signal_while_the_tokenizer_is_made(tmp_path, monkeypatch, capsys):
+    """Catches sentencepiece's own error where the command to continue belongs."""
+    make = data.make_tokenizer
+    monkeypatch.setattr(data, "make_tokenizer", lambda path, rows: make(
+        path, (r for i, r in enumerate(rows) if i or signal.raise_signal(signal.SIGINT) is None)))
+    assert train.main(SMALL + [f"--out_dir={tmp_path}"]) is None
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped; continue with: python train.py ")
+
+
+def test_second_signal_ends_at_once():
+    """Catches a run that cannot be stopped while a step or a save hangs."""
+    code = ("import signal, train\nwith train.held_signals() as noted:\n    signal.raise_signal(signal.SIGINT)\n"
+            "    print(noted, flush=True)\n    signal.raise_signal(signal.SIGTERM)\n    print('still here')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGTERM and "SIGINT" in done.stderr and "[2]" in done.stdout and "still here" not in done.stdout
+
+
+def truncated(raw):
+    return raw[:len(raw) // 2]
+
+
+def zeroed(raw):
+    return bytes(len(raw))
+
+
+def flipped(raw):
+    return raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:]
+
+
+@pytest.mark.parametrize("damage", [truncated, zeroed, flipped, lambda raw: b"", None], ids=lambda d: getattr(d, "__name__", "gone"))
+def test_damaged_checkpoint_falls_back_on_the_one_before(finished, tmp_path, capsys, damage):
+    """Catches damage that is loaded or that ends the run; None is a kill between the two renames of a save."""
+    assert train.main(run_like(finished, tmp_path, "--stop_after=10")) is None
+    newest, before = tmp_path / "checkpoint.pt", tmp_path / "previous_checkpoint.pt"
+    assert [torch.load(p, weights_only=True)["totals"]["step"] for p in (newest, before)] == [10, 8]
+    newest.write_bytes(damage(newest.read_bytes())) if damage else newest.unlink()
+    capsys.readouterr()
+    train.main(run_like(finished, tmp_path, "--resume"))
+    warned = f"warning: {newest}: not a readable checkpoint" in capsys.readouterr().out
+    assert warned == (damage is not None)
+    assert_same_run(finished, tmp_path)
+    for path in (newest, before):
+        path.write_bytes(zeroed(path.read_bytes()))
+    with pytest.raises(SystemExit, match="previous_checkpoint.pt: not a readable checkpoint"):
+        train.main(run_like(finished, tmp_path, "--resume"))
+
+
+def test_every_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
+    """Catches a checksum that leaves out part of the file."""
+    raw, rng, refused = (finished[0] / "adapter.pt").read_bytes(), random.Random(0), 0
+    expected = train.read_saved(finished[0] / "adapter.pt")
+    for _ in range(300):
+        bad = bytearray(raw)
+        bad[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        (tmp_path / "adapter.pt").write_bytes(bad)
+        try:
+            assert same(train.read_saved(tmp_path / "adapter.pt"), expected)
+        except InputError:
+            refused += 1
+    assert refused > 100
+
+
+class Bomb:
+    """What a stranger's pickle may hold: loading it runs code, here one that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("name", ["adapter.pt", "checkpoint.pt", "base.tmp/checkpoint.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("dump", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["zip", "pickle"])
+def test_code_in_a_file_is_refused_and_does_not_run(finished, tmp_path, name, dump):
+    """Catches a load without weights_only."""
+    path, fruit = tmp_path / name, tmp_path / "ran"
+    path.parent.mkdir(exist_ok=True)
+    dump({"config": Bomb(fruit)}, path)
+    (torch.load(path, weights_only=False) if dump is torch.save else pickle.loads(path.read_bytes()))
+    assert fruit.exists()                        # it is live
+    fruit.unlink()
+    (tmp_path / "config.json").write_bytes((finished[0] / "base" / "config.json").read_bytes())
+    flags = {"adapter.pt": ["--mode=eval"], "checkpoint.pt": ["--resume"], "base.tmp/checkpoint.pt": SMALL,
+             "pytorch_model.bin": ["--mode=eval", "--method=none", f"--init_from={tmp_path}"]}[name]
+    with pytest.raises(SystemExit, match=name):
+        train.main([f"--out_dir={tmp_path}", *flags])
+    assert not fruit.exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda s: s["config"].update(rank=3), "lora_A is"), (lambda s: s["config"].update(method="moelora"), "interaction"),
+    (lambda s: s["config"].update(targets=("q_proj",)), "missing"), (lambda s: s["config"].update(rank="2"), "setting rank=2"),
+    (lambda s: s["config"].update(colour="red"), "setting colour=red"), (lambda s: s.pop("fingerprint"), "no fingerprint"),
+    (lambda s: s["parameters"].clear(), "missing"), (lambda s: s.update(fingerprint="0"), "another base"),
+    (lambda s: next(iter(s["parameters"].values())).view(-1)[3:4].fill_(math.nan), "lora_A has numbers that are not finite")])
+def test_adapter_that_does_not_fit_is_refused(finished, tmp_path, change, message):
+    """Catches an adapter of another rank, method, target set or base, put on the model half or not at all."""
+    saved = torch.load(finished[0] / "adapter.pt", weights_only=True)
+    change(saved)
+    run_like(finished, tmp_path)
+    torch.save(saved, tmp_path / "adapter.pt")
+    with pytest.raises(SystemExit, match=message):
+        train.main(["--mode=eval", f"--out_dir={tmp_path}", "--device=cpu"])
+
+
+def test_adapter_that_does_nothing_is_reported(finished, tmp_path, capsys):
+    """Catches an adapter whose B was never written: it gives exactly the base model, with no other symptom."""
+    saved = torch.load(finished[0] / "adapter.pt", weights_only=True)
+    for name, p in saved["parameters"].items():
+        p.zero_() if name.endswith("lora_B") else None
+    run_like(finished, tmp_path)
+    torch.save(saved, tmp_path / "adapter.pt")
+    for out, reported in ((tmp_path, True), (finished[0], False)):
+        train.main(["--mode=sample", "--prompt=Where does Anna live?", f"--out_dir={out}", "--device=cpu"])
+        assert ("every B of the adapter" in capsys.readouterr().out) == reported
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(finished, tmp_path, monkeypatch, capsys):
+    """Catches a failed save that ends the run, or that takes the checkpoint before it along."""
+    seen, schedule = [], train.schedule
+
+    def fill_disk(step, steps, warmup):
+        if step == 4:
+            (tmp_path / "checkpoint.pt.tmp").symlink_to("/dev/full")     # the save after step 8 meets it
+        if step == 8:
+            seen.append(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["totals"]["step"])
+        return schedule(step, steps, warmup)
+    monkeypatch.setattr(train, "schedule", fill_disk)
+    train.main(run_like(finished, tmp_path))
+    assert seen == [4] and capsys.readouterr().out.count("No space left on device") == 1
+    monkeypatch.undo()
+    assert_same_run(finished, tmp_path)
+    # where there is no next time, the run must not end as if it had saved
+    (tmp_path / "stop").mkdir()
+    (tmp_path / "stop" / "checkpoint.pt.tmp").mkdir()
+    with pytest.raises(SystemExit, match="error: .*checkpoint.pt.tmp"):
+        train.main(run_like(finished, tmp_path / "stop", "--stop_after=3"))
+
+
+def test_log_lines_wait_while_they_cannot_be_written(tmp_path, capsys):
+    """Catches lost, doubled or torn lines, and NaN, which is no JSON."""
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    log = train.Log(path, len('{"step": 1}\n'))
+    path.rename(tmp_path / "away")
+    path.mkdir()                                 # cannot be opened
+    assert not train.attempt(log, {"step": 2, "loss": math.nan})
+    path.rmdir()
+    (tmp_path / "away").rename(path)
+    assert train.attempt(log, {"step": 3})
+    assert read_log(tmp_path) == [{"step": 1}, {"step": 2, "loss": None}, {"step": 3}]
+    assert log.size == path.stat().st_size and "training goes on" in capsys.readouterr().out
+
+
+def test_out_of_memory_saves_and_names_the_flags(finished, tmp_path, monkeypatch):
+    """Catches work lost to a batch that was too large, and a half step in what was saved."""
+    real, calls = train.accumulate_gradients, []
+
+    def too_large(model, batches, balance=0.0):
+        calls.append(real(model, batches, balance))
+        if len(calls) == 7:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return calls[-1]
+    monkeypatch.setattr(train, "accumulate_gradients", too_large)
+    with pytest.raises(SystemExit, match="lower --max_tokens or add --checkpointing"):
+        train.main(run_like(finished, tmp_path))
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["totals"]["step"] == 6
+    monkeypatch.undo()
+    train.main(run_like(finished, tmp_path, "--resume"))
+    assert_same_run(finished, tmp_path)
+
+
+def test_many_steps_that_are_not_finite_stop_the_run(finished, tmp_path, monkeypatch):
+    """Catches nights of skipped steps, and an infinite loss whose gradient is finite."""
+    real, calls = train.accumulate_gradients, []
+
+    def infinite(model, batches, balance=0.0):
+        loss, n = real(model, batches, balance)
+        calls.append(n)
+        return (loss if len(calls) <= 5 else loss * math.inf), n
+    monkeypatch.setattr(train, "accumulate_gradients", infinite)
+    with pytest.raises(SystemExit, match="20 steps in a row up to step 25 .* --learning_rate"):
+        train.main(run_like(finished, tmp_path, "--steps=40"))
+    monkeypatch.undo()
+    saved = train.read_saved(tmp_path / "checkpoint.pt")
+    assert saved["totals"]["step"] == 25 and saved["totals"]["skipped"] == 20
+    assert [r["loss"] is None for r in read_log(tmp_path)] == [False] * 5 + [True] * 20
+    assert train.main(run_like(finished, tmp_path / "five", "--steps=40", "--stop_after=5")) is None
+    assert same(saved["parameters"], train.read_saved(tmp_path / "five" / "checkpoint.pt")["parameters"])
+
+
+def test_folder_is_locked_by_a_run_and_freed_by_its_death(finished, tmp_path):
+    """Catches two runs that write into one folder, and a killed run whose lock stays behind."""
+    code = f"import train, sys\ntrain.lock(train.Path({str(tmp_path)!r}))\nprint('held', flush=True)\nsys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        run_like(finished, tmp_path)
+        before = files_in(tmp_path)
+        for more in ("--steps=1", "--resume"):
+            with pytest.raises(SystemExit, match=f"in use by process {holder.pid};"):
+                train.main(run_like(finished, tmp_path, more))
+        assert files_in(tmp_path) == before
+        holder.kill()
+    assert (tmp_path / "lock").exists() and train.main(run_like(finished, tmp_path, "--steps=1"))["steps"] == 1
+
+
+def test_unfinished_run_is_not_overwritten(finished, tmp_path):
+    """Catches a forgotten --resume that throws a night's work away."""
+    assert train.main(run_like(finished, tmp_path, "--stop_after=2")) is None
+    before = files_in(tmp_path)
+    with pytest.raises(SystemExit, match="at step 2 of 20 of a run that has not ended: continue it with --resume"):
+        train.main(run_like(finished, tmp_path))
+    assert files_in(tmp_path) == before
+
+
+def test_resuming_on_other_rows_is_refused(finished, tmp_path):
+    """Catches a data file that changed between two parts of a run."""
+    rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
+    flags = REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}/rows.json", f"--out_dir={tmp_path}", "--steps=4"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert train.main(flags + ["--stop_after=2"]) is None
+    (tmp_path / "rows.json").write_text(json.dumps(rows[:-1]))
+    with pytest.raises(SystemExit, match="rows of --data are not those"):
+        train.main(flags + ["--resume"])
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert train.main(flags + ["--resume"])["steps"] == 4
+
+
+def test_deterministic_flag_gives_the_same_bits_here(finished, tmp_path):
+    """Catches a flag that breaks a run; what it is for needs a GPU."""
+    train.main(run_like(finished, tmp_path, "--deterministic"))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert same(*(train.read_saved(o / "adapter.pt")["parameters"] for o in (finished[0], tmp_path)))
+    torch.use_deterministic_algorithms(False)
+
+
+slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 pytest runs it")
+PROCESS = [sys.executable, str(Path(train.__file__)), "--device=cpu", "--base_steps=20", "--base_width=32", "--base_layers=1",
+           "--base_batch_size=2", "--batch_size=4", "--val_examples=2", "--rank=2", "--dropout=0.1", "--log_every=1", "--resume"]
+
+
+@slow
+def test_thirty_kills_leave_no_trace(tmp_path):
+    """SIGKILL at 30 random moments, every second one while a checkpoint is being written; the same command line each time.
+    Catches any state that is lost, torn or done twice: base, adapters, optimizer and log must equal those of a run left alone."""
+    command = [*PROCESS, "--steps=500", "--save_every=1"]
+
+    def start(out):
+        return subprocess.Popen([*command, f"--out_dir={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def saving(folder, since):
+        """Whether a checkpoint is half written; what an earlier kill left behind does not count."""
+        try:
+            return (folder / "checkpoint.pt.tmp").stat().st_mtime > since
+        except FileNotFoundError:
+            return False
+
+    whole, begun = tmp_path / "whole", time.perf_counter()
+    process = start(whole)
+    assert process.communicate() and process.returncode == 0
+    seconds, rng, kills, n_runs = time.perf_counter() - begun, random.Random(0), Counter(), 0
+    while sum(kills.values()) < 30 or not (out / "summary.json").exists():
+        if not n_runs or (out / "summary.json").exists():
+            n_runs += 1
+            out = tmp_path / f"run {n_runs}"
+        process, since = start(out), time.time()
+        if (n := sum(kills.values())) < 30:      # the first ten early, so that they hit the making of the base
+            folder, deadline = (out / "base.tmp", since + rng.uniform(0, seconds / 3)) if n < 10 else (
+                out, since + rng.uniform(0, seconds))
+            while process.poll() is None and (time.time() < deadline or n % 2 and not saving(folder, since)):
+                time.sleep(0.0005)
+            process.kill()
+        printed, _ = process.communicate()
+        assert process.returncode in (0, -signal.SIGKILL), printed
+        if process.returncode:
+            where = "training" if (out / "log.jsonl").exists() else "the base"
+            where += ", during a save" * (saving(out, since) or saving(out / "base.tmp", since))
+            kills[where] += 1
+            print(f"kill {n + 1} in run {n_runs}: {where}", flush=True)
+        if (out / "summary.json").exists():
+            assert_same_run((whole,), out)
+            assert [r["step"] for r in read_log(out)] == list(range(1, 501))
+            assert (out / "base" / "model.safetensors").read_bytes() == (whole / "base" / "model.safetensors").read_bytes()
+    print(f"\n{sum(kills.values())} kills survived in {n_runs} runs of {seconds:.0f} s: {dict(kills)}")
+    assert sum(n for where, n in kills.items() if "save" in where) >= 5
+
+
+@slow
+def test_memory_stays_flat_over_twenty_thousand_steps(tmp_path):
+    """Catches whatever piles up: resident memory after 2,000 steps and later, the size of log and checkpoint."""
+    process = subprocess.Popen([*PROCESS, "--steps=20000", "--batch_size=1", "--save_every=500", f"--out_dir={tmp_path}"])
+    resident = []
+    while process.poll() is None:
+        time.sleep(1)
+        if (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "adapter.pt").exists():
+            kb = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+            resident += [((tmp_path / "log.jsonl").read_bytes().count(b"\n"), int(kb[0].split()[1]))] if kb else []
+    assert process.returncode == 0
+    first = next(kb for step, kb in resident if step >= 2000)
+    most = max(kb for step, kb in resident if step >= 2000)
+    sizes = [(tmp_path / n).stat().st_size for n in ("previous_checkpoint.pt", "checkpoint.pt", "log.jsonl")]
+    print(f"\nresident: {first:,} kB after 2,000 steps, at most {most:,} kB later (+{most / first - 1:.2%}); checkpoint "
+          f"{sizes[1]:,} bytes, log {sizes[2]:,} bytes for {len(read_log(tmp_path)):,} steps")
+    assert [r["step"] for r in read_log(tmp_path)] == list(range(1, 20001))
+    assert most < 1.01 * first and abs(sizes[0] - sizes[1]) < 64
 
 
 def test_every_flag_has_help(capsys):

@@ -20,20 +20,26 @@ What may surprise:
 - The same seed gives the same examples in the same order for every method.
 - Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding is right.
 - The loop waits for a GPU at log lines alone, so that the next steps' batches are made while it computes.
+- A step's examples and its dropout follow from (seed, step) alone, so a checkpoint holds no random state.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
 import random
-import resource
+import shlex
 import shutil
+import signal
+import sqlite3
 import statistics
 import sys
 import time
+import zipfile
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -45,7 +51,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, read_config,
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama,
                    rotary_tables, save_llama)
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
                       mean_usage, merge, mutual_information, only, parameter_state, published_loop, restricted,
@@ -90,11 +96,12 @@ class Config:
     compile: bool = flag(False, "torch.compile every block; worth its minute on a GPU")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
     dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 otherwise")
-    seed: int = flag(0, "seed of adapters, data order and dropout")
+    seed: int = flag(0, "seed of adapters, data order, dropout and sampling")
+    deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an error; the CPU's do anyway")
     log_every: int = flag(10, "write a line of log.jsonl every so many steps")
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: never")
     stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to the end")
-    resume: bool = flag(False, "continue from out_dir/checkpoint.pt")
+    resume: bool = flag(False, "continue from out_dir/checkpoint.pt; start if there is none")
     prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for itself")
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
@@ -127,7 +134,8 @@ class Config:
 
 # settings of a whole comparison, which shape none of its runs
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
-# what an adapter fixes for later use, and what may change when a run is resumed
+# what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
+OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
 OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from", "template")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "compile", "device",
                   "out_dir")
@@ -317,11 +325,52 @@ def to_device(batch, device):
     return x.to(device, non_blocking=True), y, m.to(device, non_blocking=True)
 
 
-def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None):
+MOST_SKIPPED = 20                                # steps in a row that may be skipped before the run gives up
+
+
+@contextmanager
+def held_signals():
+    """Yields a list that the first SIGINT or SIGTERM is noted in, so that a step can be finished; a second one kills."""
+    noted, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(number)
+        for s in handlers:
+            signal.signal(s, signal.SIG_DFL)
+        # not print: the signal may have come in the middle of one
+        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving; a second one ends it at once\n".encode())
+    for s in handlers:
+        signal.signal(s, note)
+    try:
+        yield noted
+    finally:
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+
+
+def stopped_anywhere(stopped):
+    """Whether a signal has come to any of the processes, which must all leave at the same step."""
+    n = torch.tensor(len(stopped), device="cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    sum_over_processes(n)
+    return bool(n)
+
+
+def attempt(write, *args):
+    """write(*args) and True; False and a warning if the disk is full or the folder cannot be written: the run goes on."""
+    try:
+        write(*args)
+    except OSError as e:
+        tqdm.write(f"warning: {e}; training goes on, what was written before stays, and the next time it is tried again")
+        return False
+    return True
+
+
+def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None, stopped=()):
     """Train for `steps` steps. step_batches: step -> micro-batches; optimizers hold their peak learning rates.
 
     log(record) gets a dict at every logged step, save(optimizers, totals) is called when a checkpoint is due, resumed
     is what it saved. Returns totals: step, seconds, tokens (without padding), skipped steps.
+    Raises KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds something.
     """
     device = next(model.parameters()).device
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -332,22 +381,37 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
         totals = dict(resumed["totals"])
         for optimizer, state in zip(optimizers, resumed["optimizers"]):
             optimizer.load_state_dict(state)
-    end = min(steps, cfg.stop_after) if cfg.stop_after and save else steps
-    begun = time.perf_counter() - totals["seconds"]
-    tokens, skipped = torch.zeros(2, dtype=torch.long, device=device)    # of this process, since the last look
+    end = min(steps, cfg.stop_after) if cfg.stop_after else steps
+    earlier, begun = totals, time.perf_counter() - totals["seconds"]
+    tokens, skipped, in_a_row = torch.zeros(3, dtype=torch.long, device=device)      # of this process and this call
+
+    def totals_after(step):
+        """Reading the counters waits for the GPU, which the loop does where it logs or saves, and nowhere else."""
+        n = tokens.clone()
+        sum_over_processes(n)
+        return {"step": step, "seconds": time.perf_counter() - begun, "tokens": earlier["tokens"] + int(n),
+                "skipped": earlier["skipped"] + int(skipped)}
+
     balance = cfg.balance if adapter_layers(model) else 0.0
     model.train()
+    signalled = False
     bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step", dynamic_ncols=True,
                mininterval=1, disable=RANK > 0)
     for step in bar:
+        torch.manual_seed(random.Random(f"dropout {cfg.seed} {step} {RANK}").getrandbits(63))
         batches = [to_device(b, device) for b in step_batches(step)]
-        torch.manual_seed(hash((cfg.seed, step, RANK)))      # of dropout: it follows from the step, nothing to save
         share = schedule(step, steps, cfg.warmup)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
             group["lr"] = peak * share
-        loss, supervised = accumulate_gradients(model, batches, balance)
+        try:
+            loss, supervised = accumulate_gradients(model, batches, balance)
+        except torch.OutOfMemoryError:           # nothing has changed since the step before
+            model.zero_grad(set_to_none=True)
+            if save and RANKS == 1 and attempt(save, optimizers, totals_after(step)):
+                tqdm.write(f"out of memory; saved after step {step}")
+            raise
         norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        bad = ~norm.isfinite()
+        bad = ~(norm.isfinite() & loss.isfinite())
         for optimizer in optimizers:
             if optimizer.defaults.get("fused"):
                 optimizer.found_inf = bad.float()    # where it is 1, AdamW does nothing, and nobody waits to know
@@ -357,22 +421,33 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
             optimizer.zero_grad(set_to_none=True)
         tokens += sum(m.sum() for *_, m in batches)
         skipped += bad
-        log_due = (step + 1) % cfg.log_every == 0 or step + 1 == end
-        save_due = save and (step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0))
-        if log_due or save_due:                  # the only place that waits for the GPU
-            sum_over_processes(tokens)
-            totals = {"step": step + 1, "tokens": totals["tokens"] + int(tokens),
-                      "skipped": totals["skipped"] + int(skipped), "seconds": time.perf_counter() - begun}
-            tokens.zero_(), skipped.zero_()
+        in_a_row += 1
+        in_a_row *= bad
+        log_due = (step + 1) % cfg.log_every == 0 or step + 1 == steps
+        save_due = step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)
+        if not (log_due or save_due or stopped and RANKS == 1):
+            continue
+        totals, signalled = totals_after(step + 1), stopped_anywhere(stopped)
+        stopping = signalled or step + 1 == end < steps
         if log_due:
             rate = round(totals["tokens"] / totals["seconds"])
             bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,} tokens/s", refresh=False)
             if log:
-                log({"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share, "gradient_norm": float(norm),
-                     "supervised_tokens": int(supervised), "tokens_per_second": rate, "skipped": totals["skipped"],
-                     "seconds": round(totals["seconds"], 2)})
-        if save_due:
-            save(optimizers, totals)
+                attempt(log, {"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share,
+                              "gradient_norm": float(norm), "supervised_tokens": int(supervised), "tokens_per_second": rate,
+                              "skipped": totals["skipped"], "seconds": round(totals["seconds"], 2)})
+        hopeless = int(in_a_row) >= MOST_SKIPPED
+        if save and stopping:
+            save(optimizers, totals)             # there is no next time: if it fails, so does the run
+        elif save and (hopeless or save_due):
+            attempt(save, optimizers, totals)
+        if hopeless:
+            raise InputError(f"{int(in_a_row)} steps in a row up to step {step + 1} had a loss or gradient that is not finite; "
+                             "they changed nothing. Lower --learning_rate, or look for bad numbers in the base")
+        if stopping:
+            break
+    if totals["step"] < steps or signalled:
+        raise KeyboardInterrupt(f"stopped after {totals['step']} of {steps} steps")
     return totals
 
 
@@ -476,25 +551,108 @@ def print_samples(model, tokenizer, split, cfg, n=2):
 
 # ---- Files
 
-def write_atomically(path, write):
-    """write(temporary path), then rename: whoever looks sees the old file or the new one, never half of it."""
+def write_atomically(path, write, keep=None):
+    """write(binary file) into a temporary file, flush that to the disk, rename it: whoever looks, even after a power cut,
+    sees the old file or the new one, never half of it. The old one is kept as `keep`, if that is given."""
     if RANK > 0:                                 # process 0 writes for all
         return
     temporary = Path(f"{path}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        if keep and path.is_file():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)        # half a file would keep a full disk full
 
 
-def read_saved(path):
-    """A checkpoint or adapter file. Only tensors and plain values are read; code inside is refused."""
+def previous(path):
+    """Where the checkpoint before the one at path lies."""
+    return path.with_name("previous_" + path.name)
+
+
+def read_checkpoint(path):
+    """The checkpoint at path; the one before it, with a warning, if that is damaged; None if there is neither."""
+    paths = [p for p in (path, previous(path)) if p.is_file()]
+    for p in paths:
+        try:
+            return read_saved(p, "optimizers", "totals")
+        except InputError as e:
+            if p == paths[-1]:
+                raise
+            print(f"warning: {e}; continuing from {paths[-1]}, the checkpoint before it")
+
+
+def read_saved(path, *more):
+    """A checkpoint or adapter file, which must also hold `more`. Only tensors and plain values are read; code inside is
+    refused. Settings that the file does not know have their defaults."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train first, or point --out_dir to where it lies")
     try:
+        with zipfile.ZipFile(path) as archive:   # torch.save leaves a checksum per tensor, torch.load never looks at it
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} fails its checksum")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         saved["config"]["targets"] = tuple(saved["config"]["targets"])
+        for key, value in saved["config"].items():
+            if type(value) is not type(getattr(Config, key, None)):
+                raise ValueError(f"its setting {key}={value} is not one of this program's")
+        if missing := {"parameters", "fingerprint", *more} - saved.keys():
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+        for key, value in saved["parameters"].items():
+            if not value.isfinite().all():
+                raise ValueError(f"{key} has numbers that are not finite")
     except Exception as e:                       # torch raises anything from RuntimeError to UnpicklingError here
-        raise InputError(f"{path}: not a readable checkpoint ({str(e).splitlines()[0]})") from None
-    return saved
+        raise InputError(f"{path}: not a readable checkpoint or adapter ({str(e).splitlines()[0]}); delete it "
+                         "or put a good copy there") from None
+    return saved | {"config": {f.name: f.default for f in fields(Config)} | saved["config"]}
+
+
+class Log:
+    """log.jsonl from `size` bytes on. What cannot be written waits in memory, so that a full disk loses no line."""
+
+    def __init__(self, path, size=0):
+        with open(path, "ab") as f:
+            if f.tell() < size:
+                print(f"warning: {path} is shorter than it was at the checkpoint; its last lines are lost")
+            self.path, self.size, self.waiting = path, min(size, f.tell()), b""
+            f.truncate(self.size)                # steps that are about to be done again
+
+    def __call__(self, record):
+        # NaN is no JSON
+        record = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self.waiting += (json.dumps(record) + "\n").encode()
+        self.flush()
+
+    def flush(self, sync=False):
+        with open(self.path, "r+b") as f:
+            f.seek(self.size)
+            f.write(self.waiting)
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        self.size, self.waiting = self.size + len(self.waiting), b""
+
+
+@functools.cache
+def lock(folder):
+    """Keep other runs out of a folder until this process ends, however it ends. Raises InputError naming the holder.
+
+    SQLite's lock is the kernel's, on every system, so a killed run leaves no stale one: only a file that nobody holds.
+    """
+    held = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
+    try:
+        held.execute(f"PRAGMA user_version = {os.getpid()}")     # committed, so that others can read it
+        held.execute("BEGIN IMMEDIATE")
+    except sqlite3.Error as e:
+        if "locked" not in str(e):
+            raise InputError(f"{folder}/lock: {e}; can the folder be written?") from None
+        pid, = held.execute("PRAGMA user_version").fetchone()
+        raise InputError(f"{folder} is in use by process {pid}; wait for it, or choose another --out_dir") from None
+    return held
 
 
 def compose(given):
@@ -508,19 +666,39 @@ def compose(given):
     if made and given.get("init_from"):
         raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} takes another")
     cfg = check(Config(**given))
-    if cfg.mode in ("compare", "bench") or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
+    if cfg.mode in ("compare", "bench") or given.get("method") == "none":
         return cfg, None
     path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
-    saved = read_saved(path)
+    if RANK == 0 and cfg.mode == "train" and (path.parent / "lock").exists():
+        lock(path.parent.resolve())              # before a checkpoint is read that another run may be about to replace
+    saved = read_checkpoint(path) if cfg.mode == "train" else read_saved(path)
+    if cfg.mode == "train" and not cfg.resume:
+        if saved and saved["totals"]["step"] < saved["config"]["steps"]:
+            raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of a run that has not "
+                             "ended: continue it with --resume, delete it, or choose another --out_dir")
+        return cfg, None
+    if not saved:
+        print(f"nothing to resume in {cfg.out_dir} yet: starting")
+        return cfg, None
     for name, value in given.items():
         fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
         if fixed and saved["config"][name] != value:
             raise InputError(f"--{name}={value} contradicts {path}, which was made with {saved['config'][name]}")
-    of_run = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
-    return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in of_run})), saved
+    return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in OF_CALL})), saved
 
 
 # ---- The parts of a run
+
+def adapter_content(cfg, base, model):
+    """What an adapter file holds; the same bytes wherever and in however many calls it was made."""
+    config = {k: v for k, v in asdict(cfg).items() if k not in OF_CALL}
+    return {"config": config, "fingerprint": base, "parameters": parameter_state(trained(model))}
+
+
+def checkpoint_content(cfg, base, model, optimizers, totals):
+    """What continuing needs: no random state, for a step's examples and dropout follow from (seed, step)."""
+    return adapter_content(cfg, base, model) | {"optimizers": [o.state_dict() for o in optimizers], "totals": dict(totals)}
+
 
 def make_base(cfg, device):
     """The small base model, made once: out_dir/base, an ordinary Llama folder, with made_from.json beside the weights."""
@@ -532,9 +710,20 @@ def make_base(cfg, device):
         print(f"base: {folder}, made before")
         return
     temporary = Path(f"{folder}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock(folder.parent.resolve())
+    made_from = json.dumps(recipe, indent=1) + "\n"
+    checkpoint = temporary / "checkpoint.pt"
+    saved = read_checkpoint(checkpoint)
+    if saved and saved["fingerprint"] != made_from:
+        saved = None
+    if not saved:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        with held_signals() as stopped:          # sentencepiece would make its own error of a KeyboardInterrupt
+            data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
+        if stopped:
+            raise KeyboardInterrupt
     tokenizer = data.Tokenizer(temporary / "tokenizer.model")
     torch.manual_seed(cfg.base_seed)
     C = cfg.base_width
@@ -542,15 +731,32 @@ def make_base(cfg, device):
                         num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32, num_key_value_heads=C // 32,
                         head_dim=32, rope_theta=100.0, tie_word_embeddings=True, max_position_embeddings=256)
     model = Llama(sizes, AdapterConfig(method="full")).init_weights(positional=C // 32).to(device)
-    print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
-          f"on plain statements for {cfg.base_steps} steps")
+    if saved:
+        load_parameters(trained(model), saved["parameters"])
+        print(f"base: continuing {temporary} after {saved['totals']['step']} of {cfg.base_steps} steps")
+    else:
+        print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
+              f"on plain statements for {cfg.base_steps} steps")
 
-    batches = step_batches(replace(cfg, batch_size=cfg.base_batch_size), lambda i: data.encode(tokenizer, corpus(i)))
-    fit(model, batches, make_base_optimizers(model, cfg), cfg, cfg.base_steps, name="base")
+    def save(optimizers, totals):
+        content = checkpoint_content(cfg, made_from, model, optimizers, totals)
+        write_atomically(checkpoint, lambda f: torch.save(content, f), previous(checkpoint))
+
+    # the base follows from its recipe alone
+    own = replace(cfg, stop_after=0, warmup=Config.warmup, clip=Config.clip, seed=Config.seed, balance=Config.balance,
+                  batch_size=cfg.base_batch_size)
+    with held_signals() as stopped:
+        fit(model, step_batches(own, lambda i: data.encode(tokenizer, corpus(i))), make_base_optimizers(model, cfg), own,
+            cfg.base_steps, name="base", resumed=saved, save=save, stopped=stopped)
     save_llama(model, temporary)
-    (temporary / "made_from.json").write_text(json.dumps(recipe, indent=1) + "\n")
+    (temporary / "made_from.json").write_text(made_from)
+    for path in temporary.iterdir():
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())                 # on the disk before the name out/base is
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
+    for path in (checkpoint, previous(checkpoint)):
+        (folder / path.name).unlink(missing_ok=True)
 
 
 def read_data(cfg):
@@ -580,6 +786,9 @@ def encode_data(cfg, tokenizer, rows, held_out="test"):
 def peak_memory_mb():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
+    if sys.platform == "win32":                  # which has no resource module
+        return None
+    import resource
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 10 if sys.platform == "linux" else 2 ** 20))
 
 
@@ -609,6 +818,8 @@ def prepare(cfg, saved):
                          f"than {folder} ({base})")
     if saved:
         load_parameters(trained(model), saved["parameters"])
+        if adapter_layers(model) and not any(layer.lora_B.any() for _, layer in adapter_layers(model)):
+            print(f"warning: every B of the adapter in {cfg.out_dir} is zero, so it changes nothing, although it was trained")
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
         model.compile_blocks()
@@ -649,37 +860,34 @@ def run_train(cfg, saved):
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
     stream, split, chance = encode_data(cfg, tokenizer, rows)
+    rows_digest = data.digest(map(str, rows[0] + rows[1])) if rows else ""
+    if saved and saved["rows"] != rows_digest:
+        raise InputError(f"the rows of --data are not those that the checkpoint in {out} was made with")
     out.mkdir(parents=True, exist_ok=True)
-
+    if RANK == 0:
+        lock(out.resolve())
     print_start(cfg, model, tokenizer, stream)
     before = saved["before"] if saved else evaluate(model, split, cfg.max_tokens, "before")
-    if saved:
-        kept = [line for line in (out / "log.jsonl").read_text().splitlines(True)
-                if json.loads(line)["step"] <= saved["totals"]["step"]]
-        write_atomically(out / "log.jsonl", lambda path: path.write_text("".join(kept)))
-    else:
-        write_atomically(out / "log.jsonl", lambda path: path.touch())
-
-    def log(record):
-        with open(out / "log.jsonl", "a") as f:
-            f.write(json.dumps(record) + "\n")
-
-    def content(**more):
-        return {"config": asdict(cfg), "fingerprint": base, "parameters": parameter_state(trained(model)), **more}
+    for r in before.values():
+        r.pop("weights", None)                   # by example; a checkpoint has no use for them
+    if RANK == 0 and not saved:
+        for path in (out / "checkpoint.pt", previous(out / "checkpoint.pt")):
+            path.unlink(missing_ok=True)         # of a run that has ended: a later --resume means this one
+    log = Log(out / "log.jsonl", saved["log_bytes"] if saved else 0) if RANK == 0 else None
 
     def save(optimizers, totals):
-        checkpoint = content(optimizers=[o.state_dict() for o in optimizers], totals=dict(totals), before=before)
-        write_atomically(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        log.flush(sync=True)                     # a checkpoint is never ahead of the log
+        content = checkpoint_content(cfg, base, model, optimizers, totals) | {
+            "before": before, "rows": rows_digest, "log_bytes": log.size}
+        write_atomically(out / "checkpoint.pt", lambda f: torch.save(content, f), previous(out / "checkpoint.pt"))
 
-    totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved,
-                 log=log if RANK == 0 else None, save=save)
-    if totals["step"] < cfg.steps:
-        print(f"stopped after {totals['step']} of {cfg.steps} steps; --resume continues")
-        return None
+    with held_signals() as stopped:
+        totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log,
+                     save=save if RANK == 0 else None, stopped=stopped)
     results = evaluate(model, split, cfg.max_tokens, "after")
-    write_atomically(out / "adapter.pt", lambda path: torch.save(content(), path))
+    write_atomically(out / "adapter.pt", lambda f: torch.save(adapter_content(cfg, base, model), f))
     summary = summarise(cfg, model, totals, before, results, chance)
-    write_atomically(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+    write_atomically(out / "summary.json", lambda f: f.write((json.dumps(summary, indent=1) + "\n").encode()))
     print_results(results, chance, before)
     if RANK == 0:
         print_samples(model, tokenizer, split, cfg)
@@ -1034,7 +1242,7 @@ def run_bench(cfg, saved):
         print_bench(new)
     out = Path(cfg.out_dir)
     out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "bench.json", lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_atomically(out / "bench.json", lambda f: f.write((json.dumps(rows, indent=1) + "\n").encode()))
     print(f"\nwrote {out}/bench.json")
     return rows
 # ---- Experiments: methods side by side, and what the experts are worth
@@ -1128,16 +1336,17 @@ def run_compare(cfg, _):
         if name not in possible:
             raise InputError(f"--methods: '{name}' is none of {', '.join(possible)}")
     path.parent.mkdir(parents=True, exist_ok=True)
+    lock(path.parent.resolve())
     done = {r["settings"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
 
     def run(name, learning_rate, seed):
-        one = replace(cfg, mode="train", learning_rate=learning_rate, seed=seed, **possible[name])
+        one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed, **possible[name])
         shaping = {k: v for k, v in asdict(one).items() if k not in FREE_ON_RESUME + OF_COMPARISON}
         settings = data.digest([base, json.dumps(shaping, sort_keys=True)])
         if settings not in done:
             done[settings] = train_variant(one, name, rows) | {"settings": settings}
             lines = "".join(json.dumps(row) + "\n" for row in done.values())
-            write_atomically(path, lambda path: path.write_text(lines))
+            write_atomically(path, lambda f: f.write(lines.encode()))
         return done[settings]
 
     table = {}
@@ -1227,7 +1436,7 @@ def run_shapley(cfg, saved):
               "interaction": pairs, "learned_interaction": learned,
               "interaction_correlation": rank_correlation(pairs[upper], ((learned + learned.T) / 2)[upper])}
     plain = json.dumps(result, default=torch.Tensor.tolist, indent=1)
-    write_atomically(Path(cfg.out_dir) / "shapley.json", lambda path: path.write_text(plain + "\n"))
+    write_atomically(Path(cfg.out_dir) / "shapley.json", lambda f: f.write((plain + "\n").encode()))
     print_shapley(result)
     print_layers(results)
     if cfg.plot:
@@ -1323,18 +1532,32 @@ MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": r
 
 
 def main(argv=None):
+    given = {}
     try:
-        cfg, saved = compose(parse_flags(argv))
+        given = parse_flags(argv)
+        cfg, saved = compose(given)
         torch.set_float32_matmul_precision("high")
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")   # process 0 speaks for all
+        if cfg.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(cfg.deterministic)
         return MODES[cfg.mode](cfg, saved)
-    except InputError as e:
+    except (InputError, OSError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:
+        sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add --checkpointing; a run "
+                 "that was training continues with the same flags, these changed, and --resume")
+    except KeyboardInterrupt as e:
+        if given.get("mode", "train") != "train":
+            sys.exit("error: interrupted")
+        flags = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in given.items() if k not in ("resume", "stop_after")]
+        print(f"{str(e) or 'stopped'}; continue with: {shlex.join(['python', 'train.py', *flags, '--resume'])}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)    # outside of training too, a SIGTERM is like Ctrl-C
     main()
