@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -616,10 +617,38 @@ def digest(texts):
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
-# ---- Tokenizers
+# ---- Tokenizers and prompts
+
+# What stands around a row. What follows {output} ends an answer and must be one id; {eos} is the end of sequence as an
+# id; a newline beside an empty field goes with it. Control words like <|eot_id|> become ids in a tokenizer.json only.
+TEMPLATES = {
+    "paper": "{instruction}\n{input}{eos}{output}{eos}",
+    "llama2": "[INST] {instruction}\n{input} [/INST]{output}{eos}",
+    "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{instruction}\n{input}<|eot_id|>"
+              "<|start_header_id|>assistant<|end_header_id|>\n\n{output}<|eot_id|>",
+    "chatml": "<|im_start|>user\n{instruction}\n{input}<|im_end|>\n<|im_start|>assistant\n{output}<|im_end|>"}
+
+
+def read_template(text):
+    """The template of that name, or the text itself, with \\n for newlines and {output}{eos} added if it names no output.
+
+    Raises InputError if it is no format string of {instruction}, {input}, {output} and {eos}.
+    """
+    template = TEMPLATES.get(text, text).replace("\\n", "\n")
+    template += "" if "{output}" in template else "{output}{eos}"
+    try:
+        template.format(instruction="", input="", output="", eos="")
+    except (LookupError, ValueError):
+        template = ""
+    if template.count("{instruction}") != 1 or template.count("{input}") > 1 or template.count("{output}") > 1:
+        raise InputError(f"--template must be {', '.join(TEMPLATES)} or a text with {{instruction}}, {{input}}, {{output}} and "
+                         f"{{eos}}, each of the first three once, not '{text}'")
+    return template
+
 
 class Tokenizer:
-    """Text to ids and back. Attributes: prefix (ids that open a text: one bos, if the model knows one), eos, size."""
+    """Text to ids and back. Attributes: prefix (ids that open a text: one bos, if the model knows one), eos, size,
+    template (of TEMPLATES' form) and end (the id after an answer)."""
 
     def __init__(self, path):
         """Read a sentencepiece tokenizer.model (Llama 1 and 2, TinyLlama, the built-in base)."""
@@ -628,7 +657,19 @@ class Tokenizer:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as e:
             raise InputError(f"{path}: not a sentencepiece model ({str(e).strip().splitlines()[-1]})") from None
-        self.prefix, self.eos, self.size = [self.model.bos_id()], self.model.eos_id(), self.model.vocab_size()
+        self.prefix = [i for i in [self.model.bos_id()] if i >= 0]
+        self.eos, self.size = self.model.eos_id(), self.model.vocab_size()
+        self.use("paper")
+
+    def use(self, template):
+        """Write prompts by this template, a name or a text. Raises InputError if its end is not one id."""
+        self.template = read_template(template)
+        end = self.template.partition("{output}")[2]
+        ids = [self.eos] if end == "{eos}" else self.encode(end)
+        if len(ids) != 1:
+            raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads as {len(ids)} ids; it "
+                             "must be a single control word of this tokenizer, or {eos}")
+        self.end = ids[0]
 
     def encode(self, text):
         """Ids of the text alone, without any special id."""
@@ -652,7 +693,9 @@ class JsonTokenizer(Tokenizer):
         except Exception as e:                   # tokenizers raises bare Exception
             raise InputError(f"{path}: not a readable tokenizer ({e})") from None
         # the file itself says whether its model was trained with a bos in front: Llama 3 yes, SmolLM2 no
-        self.prefix, self.eos, self.size = self.model.encode("").ids, eos, self.model.get_vocab_size()
+        self.prefix = [i for i in self.model.encode("").ids if i != eos][:1]
+        self.eos, self.size = eos, 1 + max(self.model.get_vocab().values())
+        self.use("paper")
 
     def encode(self, text):
         return self.model.encode(text, add_special_tokens=False).ids
@@ -663,11 +706,18 @@ class JsonTokenizer(Tokenizer):
 
 def open_tokenizer(folder, eos):
     """The tokenizer in a Llama folder; eos: the model's end-of-sequence id, which a tokenizer.json does not tell."""
-    folder = Path(folder)
-    if (folder / "tokenizer.model").is_file():
-        return Tokenizer(folder / "tokenizer.model")
-    if (folder / "tokenizer.json").is_file():
-        return JsonTokenizer(folder / "tokenizer.json", eos)
+    pieces, words = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
+    # Meta's Llama 3 calls a list of lines "base64 rank", for the package tiktoken, tokenizer.model too
+    ranks = pieces.is_file() and re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", pieces.open("rb").read(1000))
+    if ranks and not words.is_file():
+        raise InputError(f"{pieces} is Llama 3's in tiktoken's format, which is not read here; put the tokenizer.json of the same "
+                         "model on Hugging Face beside it and pip install tokenizers")
+    if pieces.is_file() and words.is_file():
+        print(f"tokenizer: {words.name if ranks else pieces.name}; the other one in {folder} is not used")
+    if pieces.is_file() and not ranks:
+        return Tokenizer(pieces)
+    if words.is_file():
+        return JsonTokenizer(words, eos)
     raise InputError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
 
 
@@ -682,13 +732,20 @@ def make_tokenizer(path, rows, vocab_size=1280):
 
 
 def encode(tokenizer, row):
-    """Row -> Example: prompt = instruction, newline, input (either may be empty), end-of-sequence; answer, end-of-sequence.
+    """Row -> Example: the row in the tokenizer's template; instruction or input may be empty.
 
-    A row with neither instruction nor input is plain text, supervised throughout.
+    A row with neither is plain text, supervised throughout. Else prompt and answer are tokenised apart.
     """
-    prompt = "\n".join(filter(None, (row.instruction, row.input)))
-    head = tokenizer.prefix + (tokenizer.encode(prompt) + [tokenizer.eos] if prompt else [])
-    return Example(row.task, head + tokenizer.encode(row.output) + [tokenizer.eos], max(1, len(head)))
+    prompt, head = tokenizer.template.partition("{output}")[0], list(tokenizer.prefix)
+    if row.instruction or row.input:
+        if not (row.instruction and row.input):
+            prompt = prompt.replace("{instruction}\n{input}", "{instruction}{input}")
+        first, *others = (part.format(instruction=row.instruction, input=row.input) for part in prompt.split("{eos}"))
+        head += tokenizer.encode(first)
+        for text in others:
+            head += [tokenizer.eos] + (tokenizer.encode(text) if text else [])
+    end = tokenizer.end if head[len(tokenizer.prefix):] else tokenizer.eos
+    return Example(row.task, head + tokenizer.encode(row.output) + [end], max(1, len(head)))
 
 
 # ---- Batches

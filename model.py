@@ -8,15 +8,18 @@ What may surprise:
 - No attention mask anywhere: rows are padded on the right, where causal attention never looks.
 - With targets the head runs on supervised positions only; a loss is a sum and its count, never a mean, so that
   micro-batches add up to exactly the loss of their step.
+- Real weights come from Hugging Face or from Meta; both end as Hugging Face's names and rotary layout.
 - There are no buffers: the rotary tables are computed per forward, in fp32, from the config alone.
 
 Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
 K key/value heads, S time of queries plus cache, L adapted layers, N supervised positions.
 """
 
+import ctypes
 import hashlib
 import json
 import math
+import mmap
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -45,10 +48,18 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None             # see `stretch`
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     bos_token_id: int = 1
     eos_token_id: tuple = (2,)
+
+    def __post_init__(self):
+        for name, value in list(asdict(self).items())[:7]:
+            if type(value) is not int or value < 1:
+                raise InputError(f"the model's {name} must be a positive whole number, not {value!r}")
+        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
+            raise InputError("the model's heads must be a multiple of its key/value heads, and their width even")
 
 
 @dataclass(frozen=True)
@@ -97,9 +108,22 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight.to(x.dtype)
 
 
+def stretch(frequency, scaling):
+    """Rotary frequencies for longer contexts: "linear" divides all by factor (arXiv 2306.15595); "llama3" those that
+    turn less than low_freq_factor times in the original length, none above high_freq_factor, in between in part."""
+    kept = 0.0
+    if scaling["rope_type"] == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = frequency * scaling["original_max_position_embeddings"] / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return kept * frequency + (1 - kept) * frequency / scaling["factor"]
+
+
 def rotary_tables(config, start, stop, device):
     """cos and sin of the angles of positions start..stop-1, each (T, D), fp32 (arXiv 2104.09864)."""
     frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    if config.rope_scaling:
+        frequency = stretch(frequency, config.rope_scaling)
     angle = torch.arange(start, stop, device=device).float()[:, None] * frequency     # (T, D/2)
     angle = torch.cat((angle, angle), -1)                                            # (T, D)
     return angle.cos(), angle.sin()
@@ -128,11 +152,12 @@ class Attention(nn.Module):
         q, k, v = (project(p, x, routing).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
                    for p in (self.q_proj, self.k_proj, self.v_proj))                 # (B, H, T, D), (B, K, T, D) twice
         q, k = rotate(q, rotary), rotate(k, rotary)
+        mask = None
         if cache is not None:
-            k, v = cache.extend(self, k, v)                                          # (B, K, S, D)
+            k, v, mask = cache.extend(self, k, v)                                    # (B, K, S, D) twice, (B, 1, 1, S)
         # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a mask would not
         causal = cache is None or q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
 
 
@@ -166,19 +191,24 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every attention layer so far, each (B, K, S, D)."""
+    """Keys and values of every attention layer so far, each (B, K, S, D).
 
-    def __init__(self):
-        self.layers = {}
+    real (B, S): where a column is not padding, for prompts of different lengths; None: everywhere.
+    """
+
+    def __init__(self, real=None):
+        self.layers, self.real = {}, real
 
     def __len__(self):
         return next((k.shape[2] for k, _ in self.layers.values()), 0)
 
     def extend(self, layer, k, v):
+        """All keys and values with the new ones, and a mask (B, 1, 1, S) if one new token must not see padding."""
+        mask = None if self.real is None or k.shape[2] > 1 else self.real[:, None, None]
         if layer in self.layers:
             k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v)))
         self.layers[layer] = k, v
-        return k, v
+        return k, v, mask
 
 
 class Llama(nn.Module):
@@ -190,8 +220,11 @@ class Llama(nn.Module):
     def __init__(self, config, adapter=AdapterConfig(method="none")):
         super().__init__()
         self.config, self.adapter, self.checkpointing = config, adapter, False
+        embedding = torch.empty(config.vocab_size, config.hidden_size)
+        if not embedding.is_meta:                # there, normal_ alone would import 800 modules: 1.3 s, 75 MB
+            embedding.normal_()
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
             "layers": nn.ModuleList(Block(config, adapter) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -251,6 +284,11 @@ class Llama(nn.Module):
         x, routing = self.model.embed_tokens(tokens), []                             # (B, T, C)
         start = len(cache) if cache is not None else 0
         rotary = rotary_tables(self.config, start, start + tokens.shape[1], tokens.device)
+        if start and cache.real is not None:     # a new token per row, whose position leaves out the padding before it
+            cache.real = F.pad(cache.real, (0, 1), value=True)                       # (B, S)
+            position = cache.real.sum(1) - 1                                         # (B,)
+            tables = rotary_tables(self.config, 0, start + 1, tokens.device)
+            rotary = [t[position, None, None] for t in tables]                       # (B, 1, 1, D) twice
         for block in self.model.layers:
             if self.checkpointing and torch.is_grad_enabled():
                 x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
@@ -269,9 +307,10 @@ class Llama(nn.Module):
         def judge(hidden, labels):
             logits = fp32(self.lm_head(hidden))
             return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
-        supervised = targets >= 0                                                    # (B, T)
-        hidden, labels = hidden[supervised], targets[supervised]                     # (N, C), (N,)
-        n = max(1, MAX_LOGITS // self.config.vocab_size)
+        targets = targets.flatten()              # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
+        supervised = (targets >= 0).nonzero()[:, 0]
+        labels, supervised = (t.to(hidden.device, non_blocking=True) for t in (targets[supervised], supervised))  # (N,)
+        hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)   # (N, C)
         if len(labels) <= n:
             return judge(hidden, labels)
         chunks = [checkpoint(judge, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -287,18 +326,27 @@ class Llama(nn.Module):
         return losses.sum(), losses.numel()
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, *, temperature=0.0, top_k=0, use_cache=True, generator=None):
+    def generate(self, tokens, max_new_tokens, *, lengths=None, temperature=0.0, top_k=0, use_cache=True, generator=None,
+                 on_token=None):
         """Continue tokens (B, T) -> the new tokens (B, up to max_new_tokens).
 
-        temperature 0 is greedy; top_k > 0 samples among the k likeliest. Ends when every row has met an
-        end-of-sequence token; a row that ended earlier is filled up with it.
+        lengths (B,): of prompts of different lengths, padded on the right; None: all are T long. temperature 0 is greedy;
+        top_k > 0 samples among the k likeliest. Ends when every row has met an end-of-sequence token; a row that ended
+        earlier is filled up with it. on_token gets each step's tokens (B, 1).
         """
         eos = torch.tensor(self.config.eos_token_id, device=tokens.device)
-        cache, n_prompt = KVCache() if use_cache else None, tokens.shape[1]
-        ended = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        for _ in range(max_new_tokens):
-            seen = len(cache) if use_cache else 0
-            logits = fp32(self.lm_head(self.hidden(tokens[:, seen:], cache)[0][:, -1]))  # (B, V)
+        (B, T), rows, generated = tokens.shape, torch.arange(len(tokens), device=tokens.device), []
+        lengths = torch.full_like(rows, T) if lengths is None else lengths.clone()
+        real = torch.arange(T, device=tokens.device) < lengths[:, None]              # (B, T)
+        cache = KVCache(None if real.all() else real) if use_cache else None
+        tokens = F.pad(tokens, (0, max_new_tokens))
+        ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
+        for i in range(max_new_tokens):
+            if use_cache and generated:
+                hidden = self.hidden(generated[-1], cache)[0][:, 0]                  # (B, C)
+            else:
+                hidden = self.hidden(tokens[:, :T + i], cache)[0][rows, lengths - 1]
+            logits = fp32(self.lm_head(hidden))                                      # (B, V)
             if temperature > 0:
                 if top_k > 0:
                     kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
@@ -307,16 +355,31 @@ class Llama(nn.Module):
             else:
                 new = logits.argmax(-1, keepdim=True)                                # (B, 1)
             new = torch.where(ended[:, None], eos[0], new)
-            tokens = torch.cat((tokens, new), 1)
+            generated.append(new)
+            if on_token:
+                on_token(new)
+            tokens[rows, lengths] = new[:, 0]
+            lengths += 1
             ended |= torch.isin(new[:, 0], eos)
             if ended.all():
                 break
-        return tokens[:, n_prompt:]
+        return torch.cat(generated, 1)
 
 
-# ---- Real weights: a Hugging Face folder is config.json, the tensors, and a tokenizer (data.py reads that)
+# ---- Real weights: config.json and tensors (Hugging Face) or params.json and consolidated.*.pth (Meta)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+
+PLAIN_TENSORS = f"only tensors of {', '.join(DTYPES)} are supported, nothing quantised"
+SCALING = {"linear": {"factor": 1.0}, "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                                 "original_max_position_embeddings": 8192}}     # Llama 3.1's
+# what config.json may say for the model to be the one built here; the first value is what a missing key means
+KNOWN = {"rope_type": ("default", *SCALING), "partial_rotary_factor": (1.0,), "hidden_act": ("silu",),
+         "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (None,)}
+META_NAMES = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
+              "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj",
+              "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+              **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}}
 
 
 def read_json(path):
@@ -332,30 +395,32 @@ def read_json(path):
 
 def read_config(folder):
     """LlamaConfig of a Hugging Face folder. Raises InputError for what is not a Llama, or has parts we do not build."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise InputError(f"{folder}: no config.json there; expected a Llama folder in Hugging Face's layout")
+    path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     raw = read_json(path)
+    if raw.get("model_type") != "llama":
+        raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' is supported")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}               # transformers 5, and before
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
-    for key, value, known in (("model_type", raw.get("model_type"), "llama"), ("rotary scaling", rope_type, "default"),
-                              ("hidden_act", raw.get("hidden_act", "silu"), "silu"),
-                              ("attention_bias", raw.get("attention_bias", False), False),
-                              ("mlp_bias", raw.get("mlp_bias", False), False)):
-        if value != known:
-            raise InputError(f"{path}: {key} is {value!r}; only {known!r} is supported")
-    theta = rope.get("rope_theta") or raw.get("rope_theta") or 10000.0
+    rope = {"rope_theta": raw.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
+    for key, known in KNOWN.items():
+        value = rope.get(key, raw.get(key, known[0]))
+        if value not in known:
+            raise InputError(f"{path}: {key} is {value!r}; only {' or '.join(map(repr, known))} is supported")
     try:
-        heads = raw["num_attention_heads"]
+        heads, theta, scaling = raw["num_attention_heads"], rope["rope_theta"] or 10000.0, None
         sizes = {k: raw[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
+        if rope["rope_type"] in SCALING:
+            scaling = {k: rope[k] for k in ("rope_type", *SCALING[rope["rope_type"]])}
     except KeyError as e:
         raise InputError(f"{path}: {e} is missing") from None
-    eos = raw.get("eos_token_id", 2)
     optional = {k: raw[k] for k in ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id")
                 if raw.get(k) is not None}
-    return LlamaConfig(**sizes, num_attention_heads=heads, num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                       head_dim=raw.get("head_dim") or sizes["hidden_size"] // heads, rope_theta=theta,
-                       eos_token_id=tuple(eos) if isinstance(eos, list) else (eos,), **optional)
+    # both files may name ends, and they differ: Llama-3-8B-Instruct's end of a turn stands in the second alone
+    ends = [d.get("eos_token_id") for d in (raw, read_json(generation) if generation.is_file() else {})]
+    ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
+    return LlamaConfig(**sizes, num_attention_heads=heads, rope_theta=theta, rope_scaling=scaling,
+                       num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                       head_dim=raw.get("head_dim") or sizes["hidden_size"] // heads,
+                       eos_token_id=tuple(dict.fromkeys(ends)) or (2,), **optional)
 
 
 def read_safetensors(path):
@@ -363,28 +428,29 @@ def read_safetensors(path):
 
     Format: 8-byte little-endian length of a JSON header {name: {dtype, shape, data_offsets}}, then raw bytes.
     """
-    raw = np.memmap(path, mode="c")             # copy-on-write: torch wants writable memory, the file stays as it is
     tensors = {}
     try:
+        raw = np.memmap(path, mode="c")         # copy-on-write: torch wants writable memory, the file stays as it is
         n = int(np.frombuffer(raw[:8], "<u8")[0])
         if n > min(len(raw) - 8, 100_000_000):
             raise ValueError("its header is longer than the file")
         header = json.loads(bytes(raw[8:8 + n]))
         header.pop("__metadata__", None)
         for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{name} is {entry['dtype']}; {PLAIN_TENSORS}")
             dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not 0 <= start <= stop <= len(raw) - 8 - n or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} lies outside the file or has another size than its shape says")
             tensors[name] = torch.from_numpy(raw[8 + n + start:8 + n + stop]).view(dtype).view(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
         raise InputError(f"{path}: not a readable safetensors file ({e})") from None
     return tensors
 
 
 def write_safetensors(tensors, path):
     """Write name -> tensor as a safetensors file."""
-    names = {v: k for k, v in DTYPES.items()}
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    names, header, end = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, 0
     for name, t in tensors.items():
         start, end = end, end + t.numel() * t.element_size()
         header[name] = {"dtype": names[t.dtype], "shape": list(t.shape), "data_offsets": [start, end]}
@@ -396,19 +462,90 @@ def write_safetensors(tensors, path):
             f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def read_tensors(path):
+    """name -> memory-mapped tensor of a .safetensors, .bin or .pth file. Code inside a file is refused, never run."""
+    if not path.is_file():
+        raise InputError(f"{path.parent}: {path.name} is missing")
+    if path.suffix == ".safetensors":
+        return read_safetensors(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        for name, t in tensors.items():
+            if not isinstance(t, torch.Tensor) or t.dtype not in DTYPES.values():
+                raise ValueError(f"{name} is {getattr(t, 'dtype', type(t).__name__)}; {PLAIN_TENSORS}")
+    except Exception as e:                       # torch raises anything from RuntimeError to UnpicklingError here
+        raise InputError(f"{path}: not a readable file of tensors ({str(e).splitlines()[0]})") from None
+    return tensors
+
+
 def open_weights(folder):
     """name -> tensor of a Hugging Face folder, memory-mapped; old rotary buffers are left out."""
-    folder = Path(folder)
-    if (path := folder / "model.safetensors").is_file():
-        tensors = read_safetensors(path)
-    elif (path := folder / "pytorch_model.bin").is_file():
-        try:
-            tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)   # refuses to run code
-        except Exception as e:                   # torch raises anything from RuntimeError to UnpicklingError here
-            raise InputError(f"{path}: not a readable file of tensors ({str(e).splitlines()[0]})") from None
+    folder, names = Path(folder), []
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if (folder / f"{stem}.{suffix}").is_file():
+            names = [f"{stem}.{suffix}"]
+        elif (index := folder / f"{stem}.{suffix}.index.json").is_file():
+            names = sorted(set(read_json(index).get("weight_map", {}).values()))
+        elif shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
+            n = shards[0].stem.rpartition("-")[2]
+            names = [f"{stem}-{i:0{len(n)}}-of-{n}.{suffix}" for i in range(1, int(n) + 1)]
+        if names:
+            break
     else:
-        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there")
-    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in shards")
+    return {name: t for file in names for name, t in read_tensors(folder / file).items()
+            if not name.endswith("rotary_emb.inv_freq")}
+
+
+def open_meta(folder):
+    """(LlamaConfig, name -> its parts, one per shard) of a Meta folder, under Hugging Face's names.
+
+    params.json leaves out or hides (-1) what the tensors tell: vocabulary, width of the MLP, key/value heads.
+    """
+    raw = read_json(folder / "params.json")
+    raw = next((v for v in raw.values() if isinstance(v, dict) and "dim" in v), raw)       # some are nested
+    try:
+        C, H, first = raw["dim"], raw["n_heads"], read_tensors(folder / "consolidated.00.pth")
+        D = raw.get("head_dim") or C // H
+        n = max(1, H * D // len(first["layers.0.attention.wq.weight"]))                    # shards
+        shards = [first, *(read_tensors(folder / f"consolidated.{i:02}.pth") for i in range(1, n))]
+        embedding = first["tok_embeddings.weight"]   # Llama 1 and 2 cut it by columns, Llama 3 by rows
+        V = len(embedding) * (n if embedding.shape[1] == C else 1)
+        # Llama 3.2 (1B and 3B, narrower than all others) stretches by 32; its file does not say so
+        scaling = {"rope_type": "llama3", **SCALING["llama3"], "factor": 32.0 if C < 4096 else 8.0}
+        ends = {"bos_token_id": 128000, "eos_token_id": (128001, 128008, 128009)}          # of Llama 3
+        config = LlamaConfig(
+            vocab_size=V, hidden_size=C, intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
+            num_hidden_layers=raw["n_layers"], num_attention_heads=H, head_dim=D, rms_norm_eps=raw["norm_eps"],
+            num_key_value_heads=raw.get("n_kv_heads") or n * len(first["layers.0.attention.wk.weight"]) // D,
+            rope_theta=raw.get("rope_theta") or 10000.0,
+            rope_scaling=scaling if raw.get("use_scaled_rope") else None,
+            tie_word_embeddings=first.get("output.weight", embedding).data_ptr() == embedding.data_ptr(),
+            **(ends if V == 128256 else {}))
+    except KeyError as e:
+        raise InputError(f"{folder}: {e} is missing in params.json or consolidated.00.pth") from None
+
+    def renamed(name):
+        for theirs, ours in META_NAMES.items():
+            name = name.replace(theirs, ours)
+        return name if name.startswith("lm_head") else f"model.{name}"
+    names = {name for shard in shards for name in shard} - {"rope.freqs"}
+    return config, {renamed(name): [shard[name] for shard in shards if name in shard] for name in names}
+
+
+def cut_of(parts, shape):
+    """(n, axis) of the chunks of `shape` that these parts are; (1, 0) if each is all of it (Meta's norms); or None."""
+    n, own = len(parts), {tuple(t.shape) for t in parts}
+    cuts = {(*shape[:d], shape[d] / n, *shape[d + 1:]): (n, d) for d in range(len(shape))} | {tuple(shape): (1, 0)}
+    return cuts.get(own.pop()) if len(own) == 1 else None
+
+
+def release(tensor):
+    """Give back the file pages behind a memory-mapped tensor, which else stay resident; only those wholly its own."""
+    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
+    start, stop = -(-storage.data_ptr() // page) * page, (storage.data_ptr() + storage.nbytes()) // page * page
+    if start < stop and hasattr(mmap, "MADV_DONTNEED"):     # Windows has none
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def fresh_adapters(model, device):
@@ -423,12 +560,16 @@ def fresh_adapters(model, device):
 
 
 def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype=torch.float32):
-    """The Llama in a Hugging Face folder, with fresh adapters in fp32.
+    """The Llama in a Hugging Face or Meta folder, with fresh adapters in fp32.
 
     Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
     unexpected or a shape differs, before anything is allocated.
     """
-    config, weights = read_config(folder), open_weights(folder)
+    folder, meta = Path(folder), not (Path(folder) / "config.json").is_file()
+    if meta and not (folder / "params.json").is_file():
+        raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is there")
+    config, weights = open_meta(folder) if meta else (
+        read_config(folder), {name: [t] for name, t in open_weights(folder).items()})
     with torch.device("meta"):
         model = Llama(config, adapter)
     own = model.base_parameters()
@@ -436,13 +577,20 @@ def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype
         weights.pop("lm_head.weight", None)      # some files hold it although it is the embedding
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
-        raise InputError(f"{folder}: not the weights of its config.json: missing {missing[:10]}, unexpected {unexpected[:10]}")
+        raise InputError(f"{folder}: not the weights of its config: missing {missing[:10]}, "
+                         f"unexpected {unexpected[:10]}")
     for name, p in own.items():
-        if p.shape != weights[name].shape:
-            raise InputError(f"{folder}: {name} has shape {tuple(weights[name].shape)}, config.json says {tuple(p.shape)}")
+        if not cut_of(weights[name], p.shape):
+            found = " + ".join(str(tuple(t.shape)) for t in weights[name])
+            raise InputError(f"{folder}: {name} has shape {found}, its config says {tuple(p.shape)}")
     for name, p in own.items():
         module, _, key = name.rpartition(".")
-        filled = weights[name].to(device=device, dtype=dtype, copy=True)
+        filled = target = torch.empty(p.shape, dtype=dtype, device=device)
+        if meta and module.endswith(("q_proj", "k_proj")):   # pairs of rows: side by side there, halves here
+            target = filled.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+        for part, piece in zip(weights[name], target.chunk(*cut_of(weights[name], p.shape))):
+            piece.copy_(part.detach().reshape(piece.shape))
+            release(part)
         setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight
@@ -456,7 +604,8 @@ def save_llama(model, folder):
     config = asdict(model.config)
     eos = config["eos_token_id"]
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-               "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "attention_bias": False, "mlp_bias": False}
+               "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "attention_bias": False, "mlp_bias": False,
+               "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_safetensors(model.base_parameters(), folder / "model.safetensors")
 

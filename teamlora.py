@@ -108,6 +108,15 @@ class TeamLoRALinear(nn.Linear):
         # added inside the second product: a sum of two products would pass over (B*T, out) once more
         return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, -1)               # (..., out)
 
+    def update(self):
+        """What the adapter adds to `weight`, (out, in), in fp32. Raises InputError if it depends on the token."""
+        if self.router is not None and self.n_experts > 1:
+            raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its base: their weights "
+                             "depend on the token, a merged weight cannot; lora and n_experts=1 can be")
+        A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
+        w = self.route(A.new_zeros(self.n_experts))          # (E,), the same for every token
+        return B @ self.weighted(A.T, w * (self.alpha / self.rank)).T
+
     def extra_repr(self):
         return f"{super().extra_repr()}, rank={self.rank}, n_experts={self.n_experts}, alpha={self.alpha}"
 
@@ -191,6 +200,17 @@ def balance_loss(usage):
 def adapter_layers(model):
     """The adapted layers of a model, as (name, layer) pairs in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, TeamLoRALinear)]
+
+
+@torch.no_grad()
+def merge(model):
+    """Move every adapter's update into its frozen weight: the model computes the same as before, with B = 0.
+
+    Raises InputError if a method's update depends on the token; then nothing has changed.
+    """
+    for _, layer in adapter_layers(model):       # all of one method, so the first raises if any does
+        layer.weight.copy_(layer.weight.float() + layer.update())
+        layer.lora_B.zero_()
 
 
 def adapter_parameters(model):

@@ -7,9 +7,13 @@ benchmark honest? Do batches leave the mathematics alone? Does a run train what 
 Each docstring says which break the test catches.
 """
 
+import io
 import json
 import math
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -18,11 +22,11 @@ import torch.nn.functional as F
 
 import data
 import train
-from model import (AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_safetensors,
+from model import (SCALING, AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_safetensors,
                    save_llama, write_safetensors)
 from teamlora import (METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters, balance_loss,
-                      distribution, entropy, load_parameters, mean_usage, mutual_information, only, parameter_state,
-                      published_loop, restricted, shapley_interactions, shapley_values, top)
+                      distribution, entropy, load_parameters, mean_usage, merge, mutual_information, only,
+                      parameter_state, published_loop, restricted, shapley_interactions, shapley_values, top)
 
 TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
                    num_key_value_heads=2, head_dim=10, rope_theta=500.0)     # head_dim unlike width / heads, odd vocabulary
@@ -293,6 +297,19 @@ def test_cached_generation_equals_uncached(method):
     assert torch.equal(*seeded)
 
 
+@pytest.mark.parametrize("cached, n", [(True, 64), (False, 8)])
+def test_prompts_of_mixed_lengths_are_answered_at_once_as_one_by_one(cached, n):
+    """Catches new tokens that see padding or count it into their position, and a first token read off the padding."""
+    model, rng = tiny(dtype=torch.float64), random.Random(0)
+    prompts = [torch.randint(0, 101, (rng.randint(1, 40),)) for _ in range(n)]
+    together = model.generate(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=7), 12,
+                              lengths=torch.tensor([len(p) for p in prompts]), use_cache=cached).tolist()
+    for prompt, row in zip(prompts, together):
+        alone = model.generate(prompt[None], 12)[0].tolist()
+        assert row[:len(alone)] == alone and set(row[len(alone):]) <= {2}
+    assert len(set(map(tuple, together))) > n - 4
+
+
 def test_generation_stops_at_end_of_sequence():
     """Catches text after the end, and one row's end that ends the other."""
     model = tiny("none")
@@ -440,9 +457,12 @@ def test_safetensors_round_trip_keeps_every_bit(tmp_path):
 def damaged(folder, how):
     """A Llama folder spoilt in one way."""
     config, weights = json.loads((folder / "config.json").read_text()), dict(open_weights(folder))
-    if how in ("mistral", "gelu", "yarn", "biased"):
+    if how in ("mistral", "gelu", "yarn", "biased", "half scaled", "text sizes", "odd heads", "quantised", "partial"):
         config |= {"mistral": {"model_type": "mistral"}, "gelu": {"hidden_act": "gelu"}, "biased": {"attention_bias": True},
-                   "yarn": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}[how]
+                   "yarn": {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "text sizes": {"hidden_size": "48"},
+                   "half scaled": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
+                   "odd heads": {"num_key_value_heads": 4}, "partial": {"partial_rotary_factor": 0.5},
+                   "quantised": {"quantization_config": {"load_in_4bit": True}}}[how]
     if how == "no heads":
         del config["num_attention_heads"]
     if how == "missing key":
@@ -453,21 +473,48 @@ def damaged(folder, how):
         weights["model.norm.weight"] = torch.ones(47)
     (folder / "config.json").write_text("{" if how == "no json" else json.dumps(config))
     write_safetensors({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
+    content = (folder / "model.safetensors").read_bytes()
+    if how in ("int8", "outside", "negative"):   # the same length each, so that the header stays where it was
+        old, new = {"int8": (b'"F32"', b'"I8" '), "outside": (b'"data_offsets": [0', b'"data_offsets": [9'),
+                    "negative": (b'[48]', b'[-4]')}[how]
+        (folder / "model.safetensors").write_bytes(content.replace(old, new, 1))
+    if how == "huge header":
+        (folder / "model.safetensors").write_bytes(b"\xff" * 8 + content[8:])
+    if how == "empty file":
+        (folder / "model.safetensors").write_bytes(b"")
     if how == "truncated":
-        content = (folder / "model.safetensors").read_bytes()
         (folder / "model.safetensors").write_bytes(content[:-100])
     if how == "no weights":
         (folder / "model.safetensors").unlink()
     if how == "code inside":
         (folder / "model.safetensors").unlink()
         torch.save({"model.norm.weight": print}, folder / "pytorch_model.bin")
+    if how in ("nested bin", "int8 bin", "cut bin"):
+        (folder / "model.safetensors").unlink()
+        torch.save({"nested bin": {"model": weights}, "int8 bin": {"w": torch.ones(3, dtype=torch.int8)}, "cut bin": weights}[how],
+                   folder / "pytorch_model.bin")
+    if how == "cut bin":
+        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-500])
+    if how in ("missing shard", "shard not listed"):
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+        if how == "missing shard":
+            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
+                weights, "model-00002-of-00002.safetensors")}))
 
 
 @pytest.mark.parametrize("how, message", [
-    ("mistral", "model_type is 'mistral'"), ("gelu", "hidden_act is 'gelu'"), ("yarn", "rotary scaling is 'yarn'"),
+    ("mistral", "model_type is 'mistral'"), ("gelu", "hidden_act is 'gelu'"), ("yarn", "rope_type is 'yarn'"),
     ("biased", "attention_bias is True"), ("no heads", "'num_attention_heads' is missing"), ("no json", "cannot be read as JSON"),
     ("missing key", "missing .'model.layers.1.mlp.up_proj.weight'"), ("unexpected key", "unexpected .*q_proj.bias"),
     ("wrong shape", r"model.norm.weight has shape \(47,\)"), ("truncated", "outside the file"),
+    ("half scaled", "'low_freq_factor' is missing"), ("text sizes", "hidden_size must be a positive whole number, not '48'"),
+    ("odd heads", "multiple of its key/value heads"), ("partial", "partial_rotary_factor is 0.5"),
+    ("quantised", "quantization_config is {'load_in_4bit'"), ("int8", "embed_tokens.weight is I8; only tensors of F32"),
+    ("outside", "lies outside the file"), ("negative", "not a readable safetensors file"), ("huge header", "header is longer"),
+    ("empty file", "not a readable safetensors file"), ("nested bin", "model is dict; only tensors"),
+    ("int8 bin", "w is torch.int8; only tensors"), ("cut bin", "not a readable file of tensors"),
+    ("missing shard", "model-00002-of-00002.safetensors is missing"),
+    ("shard not listed", "model-00002-of-00002.safetensors is missing"),
     ("no weights", "neither model.safetensors nor pytorch_model.bin"), ("code inside", "not a readable file of tensors")])
 def test_damaged_folder_is_refused_by_name(tmp_path, how, message):
     """Catches a loader that loads half a model, or a foreign one, in silence."""
@@ -475,6 +522,189 @@ def test_damaged_folder_is_refused_by_name(tmp_path, how, message):
     damaged(tmp_path, how)
     with pytest.raises(InputError, match=message):
         load_llama(tmp_path)
+
+
+def write_hub(model, folder, suffix, n_shards, index):
+    """A Hugging Face folder as others write it: .safetensors or .bin, whole or in shards, with or without an index."""
+    save_llama(model, folder)
+    (folder / "model.safetensors").unlink()
+    weights = {k: v.detach() for k, v in model.base_parameters().items()}
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(5)
+    stem = "model" if suffix == "safetensors" else "pytorch_model"
+    names = [f"{stem}.{suffix}"] if n_shards == 1 else [
+        f"{stem}-{i + 1:05d}-of-{n_shards:05d}.{suffix}" for i in range(n_shards)]
+    for i, name in enumerate(names):
+        (write_safetensors if suffix == "safetensors" else torch.save)(
+            {k: v for j, (k, v) in enumerate(weights.items()) if j % n_shards == i}, folder / name)
+    if index:
+        weight_map = {k: names[j % n_shards] for j, k in enumerate(weights)}
+        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
+def write_meta(model, folder, n_shards, embedding_axis, params):
+    """A Meta folder, written from the published description of its layout, row by row."""
+    c, D, shards = model.config, model.config.head_dim, [{"rope.freqs": torch.ones(5)} for _ in range(n_shards)]
+    names = {"self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0), "lm_head": ("output", 0),
+             "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1), "norm": ("norm", None),
+             "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.down_proj": ("feed_forward.w2", 1),
+             "mlp.up_proj": ("feed_forward.w3", 0), "input_layernorm": ("attention_norm", None),
+             "post_attention_layernorm": ("ffn_norm", None), "embed_tokens": ("tok_embeddings", embedding_axis)}
+    for name, p in model.base_parameters().items():
+        layer, key = ("", name) if "layers" not in name else (name[6:].split(".")[1], name.split(".", 3)[3])
+        meta, axis = names[key.removeprefix("model.").removesuffix(".weight")]
+        p = p.detach().clone()
+        if meta in ("attention.wq", "attention.wk"):
+            halves = p.clone()
+            for head in range(len(p) // D):
+                for i in range(D // 2):          # a pair stands side by side here, half a head apart at Hugging Face
+                    p[head * D + 2 * i], p[head * D + 2 * i + 1] = halves[head * D + i], halves[head * D + D // 2 + i]
+        for i, shard in enumerate(shards):
+            part = p if axis is None else p.chunk(n_shards, axis)[i].clone()
+            shard[f"{f'layers.{layer}.' if layer else ''}{meta}.weight"] = part
+    for i, shard in enumerate(shards):
+        torch.save(shard, folder / f"consolidated.{i:02}.pth")
+    (folder / "params.json").write_text(json.dumps({"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "head_dim": D,
+        "n_heads": c.num_attention_heads, "norm_eps": c.rms_norm_eps, "multiple_of": 256} | params))
+
+
+def same_logits(folder, model, dtype=torch.float32):
+    """Whether the folder's model computes what `model` does, over positions enough to show a wrong rotary layout."""
+    tokens = torch.randint(0, model.config.vocab_size, (2, 65))
+    with torch.no_grad():
+        return torch.equal(load_llama(folder, dtype=dtype)(tokens), model.to(dtype)(tokens))
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+@pytest.mark.parametrize("n_shards, index", [(1, False), (1, True), (3, True), (3, False)])
+def test_every_hugging_face_layout_gives_the_same_logits(tmp_path, suffix, n_shards, index):
+    """Catches a shard that is not read, an index that is trusted in vain, an inv_freq entry that disturbs."""
+    for i, (tied, dtype) in enumerate([(False, torch.float32), (True, torch.bfloat16), (False, torch.float16)]):
+        model = tiny("none", train.replace(TINY, tie_word_embeddings=tied), dtype)
+        write_hub(model, tmp_path / str(i), suffix, n_shards, index)
+        assert same_logits(tmp_path / str(i), model, dtype)
+
+
+def test_tied_head_may_be_stored_twice(tmp_path):
+    """Catches a head that is loaded beside the embedding it is tied to, and parameters in place of plain tensors."""
+    model = tiny("none", train.replace(TINY, tie_word_embeddings=True))
+    save_llama(model, tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({**dict(model.named_parameters(remove_duplicate=False))}, tmp_path / "pytorch_model.bin")
+    assert "lm_head.weight" in open_weights(tmp_path) and same_logits(tmp_path, model)
+    loaded = load_llama(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+EIGHT = train.replace(TINY, vocab_size=104, num_attention_heads=16, num_key_value_heads=8, head_dim=6)
+
+
+@pytest.mark.parametrize("config, n_shards, axis, params", [
+    (TINY, 1, 1, {"vocab_size": -1, "rope_theta": 500.0, "n_kv_heads": 2}),
+    (train.replace(TINY, rope_theta=10000.0, num_key_value_heads=6), 1, 1, {"vocab_size": -1}),
+    (train.replace(TINY, vocab_size=106), 2, 1, {"vocab_size": -1, "rope_theta": 500.0}),
+    (train.replace(TINY, vocab_size=106, tie_word_embeddings=True), 2, 0, {"rope_theta": 500.0}),
+    (EIGHT, 8, 1, {"vocab_size": 104, "rope_theta": 500.0, "n_kv_heads": 8}),
+    (train.replace(EIGHT, rope_scaling={"rope_type": "llama3", **SCALING["llama3"], "factor": 32.0}), 8, 0,
+     {"rope_theta": 500.0, "n_kv_heads": 8, "use_scaled_rope": True})])
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_meta_layout_gives_the_same_logits(tmp_path, config, n_shards, axis, params, nested):
+    """Catches q or k permuted with the wrong heads, or not at all, and shards put together along the wrong axis."""
+    model = tiny("none", config)
+    write_meta(model, tmp_path, n_shards, axis, params)
+    if nested:
+        written = json.loads((tmp_path / "params.json").read_text())
+        (tmp_path / "params.json").write_text(json.dumps({"model": written, "seed": 1}))
+    assert load_llama(tmp_path).config.rope_scaling == config.rope_scaling
+    assert same_logits(tmp_path, model)
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (lambda f, w: (f / "consolidated.01.pth").unlink(), "consolidated.01.pth is missing"),
+    (lambda f, w: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
+    (lambda f, w: (f / "params.json").write_text("{}"), "'dim' is missing"),
+    (lambda f, w: torch.save(w | {"layers.0.attention.wq.bias": torch.ones(30)}, f / "consolidated.00.pth"), "unexpected .*q_proj.bias"),
+    (lambda f, w: w.pop("norm.weight") is None or torch.save(w, f / "consolidated.01.pth"), None),
+    (lambda f, w: torch.save(w | {"layers.2.feed_forward.w2.weight": torch.ones(48, 27)}, f / "consolidated.01.pth"),
+     r"down_proj.weight has shape \(48, 28\) \+ \(48, 27\), its config says \(48, 56\)"),
+    (lambda f, w: torch.save(w | {"code": print}, f / "consolidated.00.pth"), "not a readable file of tensors")])
+def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
+    """Catches a Meta folder that is loaded in part."""
+    write_meta(tiny("none", train.replace(TINY, vocab_size=106)), tmp_path, 2, 1, {"rope_theta": 500.0})
+    spoil(tmp_path, torch.load(tmp_path / "consolidated.00.pth"))
+    if message is None:                          # a norm in one shard alone is enough: they are copies
+        load_llama(tmp_path)
+    else:
+        with pytest.raises(InputError, match=message):
+            load_llama(tmp_path)
+
+
+LONG = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("written, expected", [
+    ({"rope_theta": 700.0}, None), ({"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}}, None),
+    ({"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
+    ({"rope_theta": 700.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
+    ({"rope_parameters": {"rope_theta": 700.0, "rope_type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
+    ({"rope_theta": 700.0, "rope_scaling": LONG}, LONG), ({"rope_parameters": {"rope_theta": 700.0, **LONG}}, LONG), ({}, None)])
+def test_rotary_settings_of_both_generations_of_config(tmp_path, written, expected):
+    """Catches a reader that knows one form and silently takes 10000, or leaves scaling out."""
+    save_llama(tiny("none"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_theta"], config["rope_scaling"]
+    (tmp_path / "config.json").write_text(json.dumps(config | written))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 9]}))
+    loaded = load_llama(tmp_path).config
+    assert loaded.rope_theta == (700.0 if written else 10000.0) and loaded.rope_scaling == expected
+    assert loaded.eos_token_id == (2, 9)
+
+
+VARIANTS = {"plain": TINY, "linear": train.replace(TINY, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+            "llama3": train.replace(TINY, rope_scaling=LONG, tie_word_embeddings=True),
+            "one key/value head": train.replace(TINY, num_key_value_heads=1, rms_norm_eps=1e-6)}
+# logits 0, 50 and 100 at positions 0, 31 and 99, from transformers' LlamaForCausalLM in fp32 (see reference_logits)
+GOLDEN = {
+    "plain": [-0.8154, 0.7392, -0.5924, 0.5231, -0.2478, -0.0511, 1.5679, -2.5770, 3.3402],
+    "linear": [-0.8154, 0.7392, -0.5924, 1.6939, -1.3760, 0.9269, 0.1827, -0.5991, 0.9584],
+    "llama3": [0.5931, -0.5282, 0.4129, 1.1706, -1.1538, 1.0270, -0.0120, -0.1456, 0.2894],
+    "one key/value head": [-0.0629, -0.0511, 0.1603, -0.0190, 0.1513, -0.2691, -0.2002, 0.0867, 0.0350]}
+
+
+def by_formula(config):
+    """A Llama whose weights follow from a formula, so that its logits can be written down."""
+    model = Llama(config)
+    with torch.no_grad():
+        for i, (name, p) in enumerate(sorted(model.base_parameters().items()), 1):
+            wave = torch.sin(torch.arange(p.numel(), dtype=torch.float64) * (1.7 + 0.1 * i)).view(p.shape)
+            p.copy_(1 + 0.2 * wave if p.dim() == 1 else 0.3 * wave)
+    return model, (torch.arange(100) * 37 % config.vocab_size)[None]
+
+
+def reference_logits(model, tokens, folder):
+    """Logits of transformers' Llama on what save_llama writes: the source of GOLDEN."""
+    transformers = pytest.importorskip("transformers")
+    save_llama(model, folder)
+    with torch.no_grad():
+        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_those_that_transformers_computed(name):
+    """Catches rotary scaling that is left out or wrong beyond the original length, and every change of the mathematics."""
+    model, tokens = by_formula(VARIANTS[name])
+    with torch.no_grad():
+        logits = model(tokens)[0]
+    found = logits[[0, 31, 99]][:, [0, 50, 100]].flatten()
+    assert torch.allclose(found, torch.tensor(GOLDEN[name]), atol=2e-4), found.tolist()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_equal_transformers_live(tmp_path, name):
+    """Catches a golden number that was copied wrong, and a written folder that others read differently."""
+    model, tokens = by_formula(VARIANTS[name])
+    expected = reference_logits(model, tokens, tmp_path)
+    with torch.no_grad():
+        assert (load_llama(tmp_path)(tokens) - expected).abs().max() < 2e-4
 
 
 def test_adapter_loads_strictly():
@@ -552,6 +782,70 @@ def test_prompt_answer_border(tokenizer):
     first = y[0].ge(0).nonzero()[0, 0]
     assert x[0, first] == 2 and m.sum() == len(e.ids) - 1
     assert tokenizer.decode(tokenizer.encode("naïve 中文 🙂\nAnna")) == "naïve 中文 🙂\nAnna"
+
+
+def test_templates(tokenizer):
+    """Catches a template whose parts get lost, an end that is text, and a newline beside an empty field."""
+    tokenizer = data.Tokenizer(tokenizer.path)   # not the one that other tests share
+    ids, row = tokenizer.encode, data.Row("t", "Who is it?", "Anna or Ben", "Anna")
+    tokenizer.use("llama2")
+    head = [1] + ids("[INST] Who is it?\nAnna or Ben [/INST]")
+    assert data.encode(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
+    assert data.encode(tokenizer, row._replace(input="")).ids[:-2] == [1] + ids("[INST] Who is it? [/INST]") + ids("Anna")[:-1]
+    tokenizer.use("{input}{eos}{instruction}\\n{{A}}")
+    head = [1] + ids("Anna or Ben") + [2] + ids("Who is it?\n{A}")
+    assert data.encode(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
+    plain = data.Row("t", "", "", "Anna was here")
+    tokenizer.use("{instruction}{output}the")    # one id, though not the end of sequence
+    assert data.encode(tokenizer, row).ids[-1:] == [tokenizer.end] == ids("the")
+    assert data.encode(tokenizer, plain).ids == [1] + ids("Anna was here") + [2]
+    for wrong in ("chatml", "{instruction}{output}the end of the answer"):
+        with pytest.raises(InputError, match="must be a single control word"):
+            tokenizer.use(wrong)
+    for wrong in ("lama2", "{question}", "{instruction} {", "{instruction}{0}", "{input}", "{instruction}{instruction}"):
+        with pytest.raises(InputError, match="--template must be paper, llama2, llama3, chatml or a text"):
+            tokenizer.use(wrong)
+
+
+def write_words(folder, words=("<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "hi", "\n"), bos=True):
+    """A tokenizer.json of whole words, with control words and perhaps a bos that opens every text."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "hi"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
+    model.add_special_tokens([w for w in words if w.startswith("<")])
+    if bos:
+        model.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    model.save(str(folder / "tokenizer.json"))
+
+
+def test_tokenizer_json_has_one_bos_and_its_control_words_are_ids(tmp_path):
+    """Catches a second bos, an end that the file itself would add, and <|im_end|> as text."""
+    for bos in (True, False):
+        write_words(tmp_path, bos=bos)
+        tokenizer = data.open_tokenizer(tmp_path, 1)
+        tokenizer.use("chatml")
+        assert tokenizer.prefix == [0] * bos and tokenizer.end == 3 and tokenizer.size == 8
+        ids = data.encode(tokenizer, data.Row("t", "hi", "", "hi")).ids
+        assert ids[:len(tokenizer.prefix) + 1] == [0] * bos + [2] and ids.count(3) == 2 and ids[-2:] == [6, 3] and 1 not in ids
+
+
+def test_which_tokenizer_is_used(tmp_path, tokenizer, capsys):
+    """Catches a silent choice among several, and Llama 3's tokenizer.model read as sentencepiece."""
+    with pytest.raises(InputError, match="neither tokenizer.model nor tokenizer.json"):
+        data.open_tokenizer(tmp_path, 2)
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(InputError, match="tokenizer.model is Llama 3's in tiktoken's format.*tokenizer.json"):
+        data.open_tokenizer(tmp_path, 2)
+    (tmp_path / "tokenizer.model").write_bytes(b"no such thing")
+    with pytest.raises(InputError, match="not a sentencepiece model"):
+        data.open_tokenizer(tmp_path, 2)
+    write_words(tmp_path)                        # from here on with the package tokenizers only
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    assert data.open_tokenizer(tmp_path, 1).path.name == "tokenizer.model"
+    assert "tokenizer: tokenizer.model" in capsys.readouterr().out
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    assert data.open_tokenizer(tmp_path, 1).path.name == "tokenizer.json"
+    assert "tokenizer: tokenizer.json" in capsys.readouterr().out
 
 
 def test_padding_is_masked_by_length_not_by_id():
@@ -684,7 +978,8 @@ def test_balance_gradient_equals_autograd_of_the_term(tokenizer):
 # ---- Does a run do what it says?
 
 BASE = ["--base_steps=3", "--base_width=64", "--base_layers=2", "--base_batch_size=4"]
-SMALL = BASE + ["--device=cpu", "--batch_size=11", "--val_examples=3", "--rank=2", "--log_every=1", "--warmup=0.2"]
+REAL = ["--device=cpu", "--batch_size=11", "--val_examples=3", "--rank=2", "--log_every=1", "--warmup=0.2"]
+SMALL = BASE + REAL
 
 
 @pytest.fixture(scope="session")
@@ -746,6 +1041,77 @@ def test_sample_answers(finished, capsys):
     assert "Anna" not in capsys.readouterr().err
 
 
+def test_without_a_prompt_every_line_is_answered_as_it_comes(finished, capsys, monkeypatch):
+    """Catches a chat that drops a line, repeats what it printed, or answers otherwise than --prompt does."""
+    out, _ = finished
+    questions, flags = ["Where does Anna live?", "Is it a hammer? 🙂"], ["--mode=sample", f"--out_dir={out}", "--max_new_tokens=9"]
+    model, tokenizer, _ = train.prepare(*train.compose({"mode": "sample", "out_dir": str(out), "device": "cpu"}))
+    cfg = train.Config(seed=0)
+    asked = [data.encode(tokenizer, data.Row("", q, "", "")).ids[:-1] for q in questions]
+    expected = [train.answers(model, tokenizer, [ids], cfg, 9)[0] for ids in asked]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
+    capsys.readouterr()
+    train.main(flags)
+    assert capsys.readouterr().out == "".join(f"{a}\n" for a in expected)
+    train.main(flags + [f"--prompt={questions[1]}"])
+    assert capsys.readouterr().out == f"{expected[1]}\n"
+
+
+def test_letters_of_several_tokens_are_printed_once_whole(tokenizer, capsys):
+    """Catches half a letter on the terminal: an unknown character is spelt in bytes, one token each."""
+    show, text = train.printer(tokenizer, (2,)), "Anna 🙂 naïve"
+    for i, t in enumerate(tokenizer.encode(text) + [2]):
+        show(torch.tensor([[t]]))
+    out = capsys.readouterr().out
+    assert out == text and "\ufffd" not in out
+
+
+@pytest.mark.parametrize("method, n_experts", [("lora", 4), ("teamlora", 1), ("moelora", 1), ("hydralora", 1)])
+def test_merged_model_computes_the_same(method, n_experts):
+    """Catches a wrong scale or a transposed product in the merge, at an alpha that is not the default."""
+    model = tiny(method, n_experts=n_experts, alpha=5.0, targets=("q_proj", "up_proj", "down_proj"))
+    with torch.no_grad():
+        for _, layer in adapter_layers(model):
+            if layer.interaction is not None:
+                layer.interaction.fill_(-0.95)   # 1 + M is below the guard, so that the constant weight is not 1
+        tokens = torch.randint(0, 101, (2, 65))
+        expected, base = model(tokens), tiny("none")(tokens)
+        merge(model)
+        assert (model(tokens) - expected).abs().max() < 1e-4 < (base - expected).abs().max()
+        plain = Llama(TINY)
+        load_parameters(plain.base_parameters(), model.base_parameters())
+        assert torch.equal(plain(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("method", ["teamlora", "moelora", "hydralora"])
+def test_routed_methods_say_why_they_cannot_be_merged(method):
+    """Catches a merge that drops the router, and one that changes the model before it refuses."""
+    model = tiny(method)
+    before = parameter_state(dict(model.named_parameters()))
+    with pytest.raises(InputError, match="4 experts cannot be merged.*depend on the token"):
+        merge(model)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def test_export_writes_a_plain_llama(finished, tmp_path, capsys):
+    """Catches an export without tokenizer or adapter, over another folder, or of a routed method."""
+    (tmp_path / "base").symlink_to(finished[0] / "base")
+    train.main(SMALL + [f"--out_dir={tmp_path}", "--steps=4", "--method=lora", "--template=llama2"])
+    train.main([f"--out_dir={tmp_path}", f"--export={tmp_path}/merged", "--device=cpu"])
+    model, tokenizer, _ = train.prepare(*train.compose({"mode": "eval", "out_dir": str(tmp_path), "device": "cpu"}))
+    exported, tokens = load_llama(tmp_path / "merged"), torch.randint(0, tokenizer.size, (2, 65))
+    with torch.no_grad():
+        assert (exported(tokens) - model(tokens)).abs().max() < 1e-4
+    assert not torch.equal(exported.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert data.open_tokenizer(tmp_path / "merged", 2).size == tokenizer.size
+    for out, name, message in (tmp_path, "merged", "exists already"), (finished[0], "other", "depend on the token"):
+        with pytest.raises(SystemExit, match=message):
+            train.main([f"--out_dir={out}", f"--export={tmp_path / name}", "--device=cpu"])
+    assert not (tmp_path / "other").exists() and not (tmp_path / "other.tmp").exists()
+    train.main([f"--out_dir={tmp_path}", f"--export={tmp_path}/copy", "--method=none", "--device=cpu"])
+    assert fingerprint(load_llama(tmp_path / "copy")) == fingerprint(load_llama(tmp_path / "base"))
+
+
 @pytest.mark.parametrize("more", [[], ["--dropout=0.2", "--balance=0.1"], ["--method=full"]])
 def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, tmp_path, more):
     """Catches state that a checkpoint forgets: moments, step, RNG, counters, log."""
@@ -778,9 +1144,55 @@ def test_step_with_infinite_gradient_is_skipped_and_counted(tokenizer):
             assert all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
         return [batch]
     cfg = train.Config(learning_rate=1e-2)
-    totals = train.fit(model, step_batches, train.make_optimizers(model, cfg), cfg, 2)
+    optimizers = train.make_optimizers(model, cfg)
+    totals = train.fit(model, step_batches, optimizers, cfg, 2)
+    assert all(state["step"] == 1 for state in optimizers[0].state.values())
     assert totals["skipped"] == 1 and all(p.isfinite().all() for p in adapter_parameters(model).values())
     assert not all(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
+
+
+def test_loop_reads_nothing_from_the_device_between_log_lines(tokenizer):
+    """Catches a loop that waits for the GPU: on the meta device nothing can be read, so the first reading is an error."""
+    model = tiny(config=train.replace(TINY, vocab_size=tokenizer.size)).to("meta")
+    stream, asked = data.minicme(0), []
+
+    def step_batches(step):
+        asked.append(step)
+        return [data.collate([data.encode(tokenizer, stream(i))]) for i in range(2)]
+    cfg = train.Config(balance=0.1, log_every=5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad])
+    optimizer.defaults["fused"], optimizer.step = True, lambda: None     # meta has no fused AdamW
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        train.fit(model, step_batches, [optimizer], cfg, 100)
+    assert asked == [0, 1, 2, 3, 4]
+
+
+def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
+    """Catches a mean of means over processes, adapters that drift apart, examples lost or counted twice, two writers."""
+    flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3", "--max_tokens=256", "--max_length=256"]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "base").symlink_to(finished[0] / "base")
+    one = train.main(flags + [f"--out_dir={tmp_path}/one"])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run = subprocess.run([*torchrun, train.__file__, *flags, f"--out_dir={tmp_path}/two"], capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("mean accuracy") == 1
+    two = json.loads((tmp_path / "two" / "summary.json").read_text())
+    logs = [[json.loads(line) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("one", "two")]
+    assert len(logs[0]) == len(logs[1]) == 4
+    for a, b in zip(*logs):
+        assert a["supervised_tokens"] == b["supervised_tokens"]
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+        assert math.isclose(a["gradient_norm"], b["gradient_norm"], rel_tol=1e-4)
+    saved = [torch.load(tmp_path / d / "checkpoint.pt", weights_only=True) for d in ("one", "two")]
+    assert saved[0]["totals"]["tokens"] == saved[1]["totals"]["tokens"]
+    for name, p in saved[0]["parameters"].items():
+        assert (p - saved[1]["parameters"][name]).norm() <= 1e-4 * p.norm(), name
+    assert math.isclose(one["val_loss"], two["val_loss"], rel_tol=1e-5) and one["accuracy"] == two["accuracy"]
+    for task, usage in one["expert_usage"].items():
+        assert two["expert_usage"][task] == pytest.approx(usage, rel=1e-4)
 
 
 def test_exact_match_is_what_greedy_decoding_produces(finished):
@@ -806,7 +1218,7 @@ def test_real_folder_and_files_take_the_same_road(finished, tmp_path):
     for task, n in (("colours", 40), ("sizes", 30)):
         rows = [{"instruction": f"{task}: which is number {i}?", "output": f"it is {i % 3} 🙂"} for i in range(n)]
         (tmp_path / f"{task}.json").write_text(json.dumps(rows))
-    summary = train.main(SMALL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}", f"--out_dir={tmp_path}/out", "--steps=4",
+    summary = train.main(REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}", f"--out_dir={tmp_path}/out", "--steps=4",
                                   "--val_share=0.2", "--method=lora"])
     assert summary["accuracy"].keys() == {"colours", "sizes"} and summary["val_loss"] < summary["base_val_loss"]
     assert not (tmp_path / "out" / "base").exists()
@@ -882,7 +1294,9 @@ def files_in(folder):
     (["--targets=q_proj,wq"], "wq"), (["--targets="], "targets"), (["--mode=fly"], "--mode"), (["--mode=bench", "--size=7b"], "--size must be one of smollm2-135m"),
     (["--mode=bench", "--bench=x"], "--bench takes numbers of experts"), (["--resume=maybe"], "maybe"),
     (["--learning_rate=-1"], "--learning_rate"), (["--learning_rate=nan"], "--learning_rate"), (["--dropout=1"], "--dropout"),
-    (["--method=none"], "nothing to train"), (["--mode=sample"], "needs --prompt"), (["--val_data=x.json"], "needs --data"),
+    (["--method=none"], "nothing to train"), (["--val_data=x.json"], "needs --data"),
+    (["--mode=export"], "--export=FOLDER"), (["--mode=eval", "--export=x"], "--export=FOLDER"),
+    (["--template=lama3"], "--template"), (["--base_width=64", "--init_from=x"], "--base_steps is about the built-in base"),
     (["--init_from={tmp}/nowhere"], "nowhere"), (["--init_from={tmp}"], "config.json"), (["--data={tmp}/nothing.json"], "nothing.json"),
     (["--data={tmp}/bad.json"], "bad.json, row 1"), (["--mode=eval", "--out_dir={tmp}/none"], "adapter.pt does not exist"),
     (["--resume", "--steps=21"], "--steps=21 contradicts"), (["--mode=eval", "--rank=3"], "--rank=3 contradicts"),
@@ -895,7 +1309,7 @@ def test_bad_input_is_one_line_and_writes_nothing(finished, tmp_path, capsys, fl
     flags = [f.format(tmp=tmp_path, other=finished[0] / "base") for f in flags]
     modes_with_files = any(f.startswith(("--mode=eval", "--resume")) for f in flags)
     with pytest.raises(SystemExit) as stop:
-        train.main(([] if modes_with_files else SMALL) + [f"--out_dir={finished[0]}"] + flags)
+        train.main(([] if modes_with_files else REAL if "--init_from" in flags[0] else SMALL) + [f"--out_dir={finished[0]}"] + flags)
     text = str(stop.value)
     assert text.startswith("error: ") and message in text and "\n" not in text
     assert (files_in(finished[0]), files_in(tmp_path)) == before

@@ -4,10 +4,12 @@
     python train.py --method=lora --steps=500                 the same with another method
     python train.py --init_from=FOLDER --data=FILE,FOLDER     a real Llama on your own instructions
     python train.py --mode=eval                               the numbers of out/adapter.pt again
-    python train.py --mode=sample --prompt="..."              one answer
+    python train.py --mode=sample --prompt="..."              one answer; without --prompt, one to every line you type
     python train.py --mode=compare                            methods side by side, on equal terms
     python train.py --mode=shapley                            what each expert of out/adapter.pt is worth
     python train.py --mode=bench --size=smollm2-135m          what a step costs, beside the frozen base and the rivals
+    python train.py --export=FOLDER                           base and adapter merged, where the method allows it
+    torchrun --nproc_per_node=N train.py ...                  the same run on N GPUs
 
 The idea: without --init_from the run first makes its own base model and saves it as an ordinary Llama folder; from
 there on both take the same road. A step's loss is a sum over its supervised tokens divided by their number, however
@@ -17,6 +19,7 @@ What may surprise:
 - No autocast and no GradScaler: the base is bf16 on CUDA and fp32 on the CPU, adapters are fp32 and cast where used.
 - The same seed gives the same examples in the same order for every method.
 - Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding is right.
+- The loop waits for a GPU at log lines alone, so that the next steps' batches are made while it computes.
 """
 
 import argparse
@@ -32,18 +35,20 @@ import statistics
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, read_config,
-                   rotary_tables, save_llama)
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, rotary_tables,
+                   save_llama)
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
-                      mean_usage, mutual_information, only, parameter_state, published_loop, restricted,
+                      mean_usage, merge, mutual_information, only, parameter_state, published_loop, restricted,
                       shapley_interactions, shapley_values, top)
 
 
@@ -55,16 +60,18 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt), compare "
-                              "(methods side by side), shapley (the worth of each expert of out_dir/adapter.pt) or bench "
-                              "(what a step costs)")
+    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt, or the "
+                              "terminal), compare (methods side by side), shapley (the worth of each expert) or bench (what "
+                              "a step costs)")
     out_dir: str = flag("out", "folder for everything a run writes")
-    init_from: str = flag("", "folder of a real Llama in Hugging Face's layout; empty: make the small built-in base")
+    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
     val_data: str = flag("", "files to evaluate on; empty: hold out a share of --data by content hash")
     val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty")
     val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which has no end, 400)")
     max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer")
+    template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and perhaps {output} "
+                                  "and its end; {eos} is the end of sequence")
     method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none (bare base)")
     rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank")
     n_experts: int = flag(4, "number of experts E")
@@ -88,7 +95,7 @@ class Config:
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: never")
     stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to the end")
     resume: bool = flag(False, "continue from out_dir/checkpoint.pt")
-    prompt: str = flag("", "what to answer with --mode=sample")
+    prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for itself")
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
@@ -98,6 +105,8 @@ class Config:
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
                                  "best is at the edge, the next beyond it is tried too")
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
+    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout, and end; "
+                           "with --method=none the base alone")
     size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong "
                                      "name lists all")
     bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with these numbers of "
@@ -119,7 +128,7 @@ class Config:
 # settings of a whole comparison, which shape none of its runs
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what an adapter fixes for later use, and what may change when a run is resumed
-OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from")
+OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from", "template")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "compile", "device",
                   "out_dir")
 
@@ -184,12 +193,19 @@ def check(cfg):
             raise InputError(f"--{name} must be distinct and not negative, not {getattr(cfg, name)}")
     if cfg.mode == "train" and cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
-    if cfg.mode == "sample" and not cfg.prompt:
-        raise InputError("--mode=sample needs --prompt")
     if bad := [g for g in cfg.bench if g not in ("spread", "growth") and not (g.isdecimal() and int(g))]:
         raise InputError(f"--bench takes numbers of experts, spread and growth, not '{bad[0]}'")
+    if bool(cfg.export) != (cfg.mode == "export"):
+        raise InputError("--export=FOLDER is a mode of its own: give it without --mode, and a folder with it")
+    if cfg.export and Path(cfg.export).exists():
+        raise InputError(f"--export={cfg.export} exists already; name a new folder")
     if cfg.val_data and not cfg.data:
         raise InputError("--val_data needs --data")
+    data.read_template(cfg.template)
+    if RANKS > 1 and cfg.mode not in ("train", "eval"):
+        raise InputError(f"--mode={cfg.mode} runs in one process: start it with python, not torchrun")
+    if cfg.batch_size < RANKS:
+        raise InputError(f"--batch_size={cfg.batch_size} leaves some of {RANKS} processes without an example")
     cfg.adapter                                  # validates method and targets
     return cfg
 
@@ -199,6 +215,34 @@ def device_and_dtype(cfg):
     # full training needs fp32 weights: bf16 optimizer steps below 1/256 of a weight are lost
     auto = "bfloat16" if device == "cuda" and cfg.method != "full" else "float32"
     return device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+
+
+# ---- Past one GPU: torchrun starts RANKS of these processes; alone, nothing here does anything
+
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def join_processes(device):
+    """Wait for the others, an hour if need be, for process 0 makes the built-in base first; then sums go over all."""
+    if RANKS > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
+        dist.barrier()
+
+
+def own_share(examples):
+    """This process's part: every RANKS-th example by length, so that all processes get about as many tokens."""
+    return sorted(examples, key=lambda e: len(e.ids))[RANK::RANKS] if dist.is_initialized() else examples
+
+
+def sum_over_processes(*tensors):
+    """Sum tensors of one dtype over all processes, in place and in one message."""
+    if dist.is_initialized():
+        flat = torch.cat([t.flatten() for t in tensors])
+        dist.all_reduce(flat)
+        for t, total in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(total.view_as(t))
 
 
 # ---- Training
@@ -227,10 +271,13 @@ def make_base_optimizers(model, cfg):
 
 
 def step_usage(model, batches):
-    """Mean weight of each expert over all tokens of a step (L, E), without gradient."""
+    """Mean weight of each expert over all tokens of a step (L, E), without gradient, and their number."""
     with torch.no_grad():
         parts = [(mean_usage(model.hidden(x, want_routing=True)[1], m), m.sum()) for x, _, m in batches]
-    return sum(u * n for u, n in parts) / sum(n for _, n in parts)
+    total, n = sum(u * n for u, n in parts), sum(n for _, n in parts)
+    sum_over_processes(total)
+    sum_over_processes(n)
+    return total / n, n
 
 
 def accumulate_gradients(model, batches, balance=0.0):
@@ -239,14 +286,16 @@ def accumulate_gradients(model, batches, balance=0.0):
     loss = sum over supervised tokens / their number + balance * balance_loss(mean usage of the step). The balance term
     is no sum over micro-batches, but its gradient is: with the step's usage u known from a pass without gradient,
     d balance_loss = sum_tokens <d balance_loss / d u, d w> / tokens. That pass is the price of balance > 0.
+    Under torchrun `batches` are this process's share; step, loss and gradient are those of all shares together.
     """
-    n = sum(int((y >= 0).sum()) for _, y, _ in batches)
-    slope, total = None, 0.0
+    n = sum((y >= 0).sum() for _, y, _ in batches).to(batches[0][0].device, non_blocking=True)
+    sum_over_processes(n)
+    slope, total, term = None, torch.zeros((), device=n.device), 0.0
     if balance > 0:
-        usage = step_usage(model, batches).requires_grad_()
-        term = balance * balance_loss(usage)
+        usage, n_tokens = step_usage(model, batches)
+        term = balance * balance_loss(usage.requires_grad_())
         slope, = torch.autograd.grad(term, usage)                                    # (L, E)
-        n_tokens, total = sum(m.sum() for _, _, m in batches), term.detach()
+        term = term.detach()
     for x, y, m in batches:
         hidden, routing = model.hidden(x, want_routing=slope is not None)
         loss = model.token_losses(hidden, y)[0].sum() / n
@@ -254,7 +303,18 @@ def accumulate_gradients(model, batches, balance=0.0):
         if slope is not None:
             loss = loss + (slope * mean_usage(routing, m)).sum() * m.sum().to(slope.dtype) / n_tokens
         loss.backward()
-    return total, n
+    # not DistributedDataParallel: it averages over processes where this must sum, works through forward(), which this
+    # loss does not take, and sends after every micro-batch. Here the gradients alone travel, once a step.
+    sum_over_processes(total, *(p.grad for p in model.parameters() if p.requires_grad))
+    return total + term, n
+
+
+def to_device(batch, device):
+    """A micro-batch where the model is. Targets stay: finding the supervised ones on a GPU would make the loop wait."""
+    x, y, m = batch
+    if device.type == "cuda":                    # from pinned memory a copy is queued, from other memory waited for
+        x, m = x.pin_memory(), m.pin_memory()
+    return x.to(device, non_blocking=True), y, m.to(device, non_blocking=True)
 
 
 def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None):
@@ -274,32 +334,44 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
             optimizer.load_state_dict(state)
     end = min(steps, cfg.stop_after) if cfg.stop_after and save else steps
     begun = time.perf_counter() - totals["seconds"]
+    tokens, skipped = torch.zeros(2, dtype=torch.long, device=device)    # of this process, since the last look
     balance = cfg.balance if adapter_layers(model) else 0.0
     model.train()
     bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step", dynamic_ncols=True,
-               mininterval=1)
+               mininterval=1, disable=RANK > 0)
     for step in bar:
-        batches = [[t.to(device) for t in b] for b in step_batches(step)]
+        batches = [to_device(b, device) for b in step_batches(step)]
+        torch.manual_seed(hash((cfg.seed, step, RANK)))      # of dropout: it follows from the step, nothing to save
         share = schedule(step, steps, cfg.warmup)
         for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
             group["lr"] = peak * share
         loss, supervised = accumulate_gradients(model, batches, balance)
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, cfg.clip))
-        totals["skipped"] += not math.isfinite(norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
+        bad = ~norm.isfinite()
         for optimizer in optimizers:
-            if math.isfinite(norm):
+            if optimizer.defaults.get("fused"):
+                optimizer.found_inf = bad.float()    # where it is 1, AdamW does nothing, and nobody waits to know
+                optimizer.step()
+            elif not bad:                        # Muon cannot skip by itself
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        totals["tokens"] += sum(int(m.sum()) for *_, m in batches)
-        totals["step"], totals["seconds"] = step + 1, time.perf_counter() - begun
-        if (step + 1) % cfg.log_every == 0 or step + 1 == end:
+        tokens += sum(m.sum() for *_, m in batches)
+        skipped += bad
+        log_due = (step + 1) % cfg.log_every == 0 or step + 1 == end
+        save_due = save and (step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0))
+        if log_due or save_due:                  # the only place that waits for the GPU
+            sum_over_processes(tokens)
+            totals = {"step": step + 1, "tokens": totals["tokens"] + int(tokens),
+                      "skipped": totals["skipped"] + int(skipped), "seconds": time.perf_counter() - begun}
+            tokens.zero_(), skipped.zero_()
+        if log_due:
             rate = round(totals["tokens"] / totals["seconds"])
             bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,} tokens/s", refresh=False)
             if log:
-                log({"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share, "gradient_norm": norm,
-                     "supervised_tokens": supervised, "tokens_per_second": rate, "skipped": totals["skipped"],
+                log({"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share, "gradient_norm": float(norm),
+                     "supervised_tokens": int(supervised), "tokens_per_second": rate, "skipped": totals["skipped"],
                      "seconds": round(totals["seconds"], 2)})
-        if save and (step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)):
+        if save_due:
             save(optimizers, totals)
     return totals
 
@@ -312,29 +384,40 @@ def evaluate(model, split, max_tokens, name="evaluate"):
 
     accuracy: share of examples whose whole answer greedy decoding would produce; loss: mean over supervised tokens;
     weights (N, L, E): mean weight of each expert over an example's tokens; entropy: of a token's weights, in bits, mean
-    over layers and tokens; usage: mean of `weights` over N and L (E numbers). Empty where nothing routes.
+    over layers and tokens; usage: mean weight of each expert over layers and tokens (E numbers), empty where nothing routes.
+    Under torchrun every process takes its share of each task, and all return the same, save `weights`.
     """
     model.eval()
     device, results = next(model.parameters()).device, {}
     routed = bool(adapter_layers(model))
-    with tqdm(total=sum(map(len, split.values())), desc=name, unit="example", dynamic_ncols=True, mininterval=1) as bar:
-        for task, examples in split.items():
-            hits, loss, tokens, weights, bits = 0, 0.0, 0, [], []
+    shares = {task: own_share(examples) for task, examples in split.items()}
+    with tqdm(total=sum(map(len, shares.values())), desc=name, unit="example", dynamic_ncols=True, mininterval=1,
+              disable=RANK > 0) as bar:
+        for task, examples in shares.items():
+            # hits, loss, supervised tokens, all tokens, bits, weights of the experts: a task waits for the device once
+            sums = torch.zeros(5 + model.adapter.n_experts * routed, dtype=torch.float64, device=device)
+            weights = []
             for batch in data.cut(examples, max_tokens):
-                x, y, m = (t.to(device) for t in data.collate(batch))
+                x, y, m = to_device(data.collate(batch), device)
                 hidden, routing = model.hidden(x, want_routing=routed)
                 losses, hit = model.token_losses(hidden, y)
-                loss, tokens = loss + losses.sum().item(), tokens + losses.numel()
-                hits += sum(h.all().item() for h in hit.split((y >= 0).sum(1).tolist()))
+                row = (y >= 0).nonzero()[:, 0].to(device, non_blocking=True)         # (N,)
+                misses = torch.zeros(len(batch), device=device).index_add_(0, row, (~hit).float())
+                sums[0] += (misses == 0).sum()
+                sums[1] += losses.sum()
+                sums[2] += losses.numel()
                 if routed:                       # (L, B, T, E)
-                    weights.append(((routing * m[..., None]).sum(2) / m.sum(1)[:, None]).transpose(0, 1).cpu())
-                    bits.append(entropy(distribution(routing))[:, m].mean(0).cpu())
+                    sums[3] += m.sum()
+                    sums[4] += (entropy(distribution(routing)).mean(0) * m).sum()
+                    sums[5:] += mean_usage(routing, m).mean(0) * m.sum()
+                    weights.append(((routing * m[..., None]).sum(2) / m.sum(1)[:, None]).transpose(0, 1))    # (B, L, E)
                 bar.update(len(batch))
-            results[task] = {"accuracy": hits / len(examples), "loss": loss / tokens, "tokens": tokens, "usage": []}
+            sum_over_processes(sums)
+            hits, loss, supervised, tokens, bits, *usage = sums.tolist()
+            results[task] = {"accuracy": hits / len(split[task]), "loss": loss / supervised,
+                             "tokens": int(supervised), "usage": [u / tokens for u in usage]}
             if routed:
-                weights = torch.cat(weights)                                         # (N, L, E)
-                results[task] |= {"weights": weights, "entropy": torch.cat(bits).mean().item(),
-                                  "usage": weights.mean((0, 1)).tolist()}
+                results[task] |= {"weights": torch.cat(weights).cpu(), "entropy": bits / tokens}
     return results
 
 
@@ -368,31 +451,35 @@ def print_results(results, chance, before=None):
     print(f"{'mean':{width}}{'':8}{old}{mean(r['accuracy'] for r in results.values()):8.3f}{val_loss(results):8.3f}")
 
 
-def answer(model, tokenizer, prompt_ids, cfg, max_new_tokens=64):
-    """The text that the model answers to a tokenised prompt."""
-    device = next(model.parameters()).device
+def answers(model, tokenizer, prompts, cfg, max_new_tokens=64, on_token=None):
+    """The texts that the model answers to tokenised prompts, all at once; on_token: see generate."""
+    device, lengths = next(model.parameters()).device, torch.tensor([len(ids) for ids in prompts])
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)     # (B, T)
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    new = model.eval().generate(torch.tensor([prompt_ids], device=device), max_new_tokens, temperature=cfg.temperature,
-                                top_k=cfg.top_k, generator=generator)[0].tolist()
-    ends = [i for i, t in enumerate(new) if t in model.config.eos_token_id]
-    return tokenizer.decode(new[:ends[0]] if ends else new)
+    new = model.eval().generate(tokens.to(device), max_new_tokens, lengths=lengths.to(device), temperature=cfg.temperature,
+                                top_k=cfg.top_k, generator=generator, on_token=on_token).tolist()
+    ends = [[i for i, t in enumerate(row) if t in model.config.eos_token_id] for row in new]
+    return [tokenizer.decode(row[:end[0]] if end else row) for row, end in zip(new, ends)]
 
 
 def print_samples(model, tokenizer, split, cfg, n=2):
     print("\ntwo answers per task (expected / given)")
-    for task, examples in split.items():
-        for e in examples[:n]:
-            expected = tokenizer.decode([t for t in e.ids[e.n_prompt:] if t != tokenizer.eos])
-            given = answer(model, tokenizer, e.ids[:e.n_prompt], cfg)
-            question = tokenizer.decode(e.ids[:e.n_prompt]).strip().replace("\n", " ")
-            print(f"  {task}: {question if len(question) < 100 else '...' + question[-97:]}\n"
-                  f"      {expected!r} / {given!r}")
+    shown, given = [e for examples in split.values() for e in examples[:n]], {}
+    for batch in data.cut(shown, cfg.max_tokens):
+        given |= zip(map(id, batch), answers(model, tokenizer, [e.ids[:e.n_prompt] for e in batch], cfg))
+    for e in shown:
+        expected = tokenizer.decode(e.ids[e.n_prompt:-1])
+        question = tokenizer.decode(e.ids[:e.n_prompt]).strip().replace("\n", " ")
+        print(f"  {e.task}: {question if len(question) < 100 else '...' + question[-97:]}\n"
+              f"      {expected!r} / {given[id(e)]!r}")
 
 
 # ---- Files
 
 def write_atomically(path, write):
     """write(temporary path), then rename: whoever looks sees the old file or the new one, never half of it."""
+    if RANK > 0:                                 # process 0 writes for all
+        return
     temporary = Path(f"{path}.tmp")
     write(temporary)
     os.replace(temporary, path)
@@ -415,6 +502,11 @@ def compose(given):
 
     Raises InputError if a flag contradicts the file.
     """
+    if given.get("export"):
+        given = {"mode": "export"} | given
+    made = [name for name in given if name.startswith("base_")]
+    if made and given.get("init_from"):
+        raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} takes another")
     cfg = check(Config(**given))
     if cfg.mode in ("compare", "bench") or cfg.mode == "train" and not cfg.resume or given.get("method") == "none":
         return cfg, None
@@ -424,7 +516,7 @@ def compose(given):
         fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
         if fixed and saved["config"][name] != value:
             raise InputError(f"--{name}={value} contradicts {path}, which was made with {saved['config'][name]}")
-    of_run = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
+    of_run = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
     return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in of_run})), saved
 
 
@@ -438,7 +530,7 @@ def make_base(cfg, device):
     recipe["corpus"] = data.digest(corpus(i).output for i in range(0, 2 * data.N_LESSONS, 100))
     if (folder / "made_from.json").is_file() and json.loads((folder / "made_from.json").read_text()) == recipe:
         print(f"base: {folder}, made before")
-        return folder
+        return
     temporary = Path(f"{folder}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -459,7 +551,6 @@ def make_base(cfg, device):
     (temporary / "made_from.json").write_text(json.dumps(recipe, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
-    return folder
 
 
 def read_data(cfg):
@@ -500,12 +591,18 @@ def trained(model):
 def prepare(cfg, saved):
     """(model, tokenizer, fingerprint of the base); a saved adapter is loaded into the model if there is one."""
     device, dtype = device_and_dtype(cfg)
-    folder = cfg.init_from or (make_base(cfg, device) if cfg.mode == "train" else Path(cfg.out_dir) / "base")
+    folder = cfg.init_from or Path(cfg.out_dir) / "base"
+    if cfg.mode == "train" and not cfg.init_from and RANK == 0:
+        make_base(cfg, device)                   # alone, so that it is the same base whatever the number of processes
+    join_processes(device)
     torch.manual_seed(cfg.seed)
     model = load_llama(folder, cfg.adapter, device, dtype)
     tokenizer = data.open_tokenizer(folder, model.config.eos_token_id[0])
     if tokenizer.size > model.config.vocab_size:
         raise InputError(f"{tokenizer.path} has {tokenizer.size} pieces, the model only {model.config.vocab_size} embeddings")
+    tokenizer.use(cfg.template)
+    # generation ends where the template ends an answer, and wherever the model's files say
+    model.config = replace(model.config, eos_token_id=tuple(dict.fromkeys((tokenizer.end, *model.config.eos_token_id))))
     base = fingerprint(model)
     if saved and saved["fingerprint"] != base:
         raise InputError(f"the adapter in {cfg.out_dir} was made for another base (fingerprint {saved['fingerprint']}) "
@@ -518,10 +615,11 @@ def prepare(cfg, saved):
     return model, tokenizer, base
 
 
-def step_batches(cfg, stream):
-    """step -> its micro-batches, a pure function of the stream of examples."""
+def step_batches(cfg, stream, share=own_share):
+    """step -> its micro-batches, a pure function of the stream of examples; under torchrun this process's."""
     n = cfg.batch_size
-    return lambda step: [data.collate(b) for b in data.cut([stream(i) for i in range(step * n, (step + 1) * n)], cfg.max_tokens)]
+    return lambda step: [data.collate(b) for b in data.cut(share([stream(i) for i in range(step * n, (step + 1) * n)]),
+                                                           cfg.max_tokens)]
 
 
 def print_start(cfg, model, tokenizer, stream):
@@ -529,9 +627,10 @@ def print_start(cfg, model, tokenizer, stream):
     total, trainable = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model).values()))
     p = next(model.parameters())
     device = torch.cuda.get_device_name() if p.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    device += f", times {RANKS}" if RANKS > 1 else ""
     padded = real = supervised = n = 0
     for step in range(min(10, cfg.steps)):
-        for _, y, m in step_batches(cfg, stream)(step):
+        for _, y, m in step_batches(cfg, stream, share=list)(step):
             padded, real, supervised, n = padded + m.numel(), real + int(m.sum()), supervised + int((y >= 0).sum()), n + 1
     steps = min(10, cfg.steps)
     print(f"device: {device}, base in {str(p.dtype)[6:]}; method: {cfg.method}\n"
@@ -555,15 +654,11 @@ def run_train(cfg, saved):
     print_start(cfg, model, tokenizer, stream)
     before = saved["before"] if saved else evaluate(model, split, cfg.max_tokens, "before")
     if saved:
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] is not None and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved["cuda_rng"])
         kept = [line for line in (out / "log.jsonl").read_text().splitlines(True)
                 if json.loads(line)["step"] <= saved["totals"]["step"]]
         write_atomically(out / "log.jsonl", lambda path: path.write_text("".join(kept)))
     else:
-        (out / "log.jsonl").unlink(missing_ok=True)
-        torch.manual_seed(cfg.seed)
+        write_atomically(out / "log.jsonl", lambda path: path.touch())
 
     def log(record):
         with open(out / "log.jsonl", "a") as f:
@@ -573,11 +668,11 @@ def run_train(cfg, saved):
         return {"config": asdict(cfg), "fingerprint": base, "parameters": parameter_state(trained(model)), **more}
 
     def save(optimizers, totals):
-        rng = {"rng": torch.get_rng_state(), "cuda_rng": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
-        checkpoint = content(optimizers=[o.state_dict() for o in optimizers], totals=dict(totals), before=before, **rng)
+        checkpoint = content(optimizers=[o.state_dict() for o in optimizers], totals=dict(totals), before=before)
         write_atomically(out / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
 
-    totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log, save=save)
+    totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved,
+                 log=log if RANK == 0 else None, save=save)
     if totals["step"] < cfg.steps:
         print(f"stopped after {totals['step']} of {cfg.steps} steps; --resume continues")
         return None
@@ -586,7 +681,8 @@ def run_train(cfg, saved):
     summary = summarise(cfg, model, totals, before, results, chance)
     write_atomically(out / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
     print_results(results, chance, before)
-    print_samples(model, tokenizer, split, cfg)
+    if RANK == 0:
+        print_samples(model, tokenizer, split, cfg)
     print(f"\nmean accuracy {summary['mean_accuracy']:.3f}, before {summary['base_mean_accuracy']:.3f}; {summary['seconds']:.0f} s of "
           f"training, {summary['tokens_per_second']:,} tokens/s, {totals['skipped']} steps skipped; wrote {out}/")
     return summary
@@ -616,12 +712,44 @@ def run_eval(cfg, saved):
     return results
 
 
+def printer(tokenizer, ends):
+    """A function that prints each new token (1, 1) as soon as its text is whole, for a letter may span several."""
+    ids, shown = [], 0
+
+    def show(new):
+        nonlocal shown
+        ids.extend(t for t in new[0].tolist() if t not in ends)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd"):
+            print(text[shown:], end="", flush=True)
+            shown = len(text)
+    return show
+
+
 def run_sample(cfg, saved):
+    """Answer --prompt, or every line of the standard input until it ends, printing tokens as they come."""
     model, tokenizer, _ = prepare(cfg, saved)
-    row = data.Row("sample", cfg.prompt, "", "")
-    # the bare base continues the text, an adapter answers it
-    ids = tokenizer.prefix + tokenizer.encode(cfg.prompt) if cfg.method == "none" else data.encode(tokenizer, row).ids[:-1]
-    print(answer(model, tokenizer, ids, cfg, cfg.max_new_tokens))
+    if not cfg.prompt:
+        print("one question a line; end of input (Ctrl-D) ends", file=sys.stderr)
+    for text in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
+        # the bare base continues the text, unless a template of its own is named; an adapter answers it
+        ids = tokenizer.prefix + tokenizer.encode(text) if cfg.method == "none" and cfg.template == "paper" else (
+            data.encode(tokenizer, data.Row("sample", text, "", "")).ids[:-1])
+        if text:
+            answers(model, tokenizer, [ids], cfg, cfg.max_new_tokens, printer(tokenizer, model.config.eos_token_id))
+            print()
+
+
+def run_export(cfg, saved):
+    """Write the base with its adapter merged in, and its tokenizer, as a Hugging Face folder."""
+    model, tokenizer, _ = prepare(cfg, saved)
+    merge(model)
+    out = Path(f"{Path(cfg.export)}.tmp")
+    save_llama(model, out)
+    for file in tokenizer.path.parent.glob("*token*.*"):     # tokenizer.json, special_tokens_map.json and the like
+        shutil.copy(file, out)
+    os.replace(out, cfg.export)
+    print(f"wrote {cfg.export}: {cfg.method} merged into {sum(p.numel() for p in model.base_parameters().values()):,} parameters")
 
 
 # ---- The benchmark: whole steps in turns, beside the limit, a step of the frozen base that trains nothing
@@ -965,9 +1093,9 @@ def expert_statistics(model, results, test, max_tokens):
 def train_variant(cfg, name, rows):
     """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
     train_rows = rows and rows[:2]
-    model, tokenizer, base = prepare(cfg, None)
+    model, tokenizer, _ = prepare(cfg, None)
     stream, validation, _ = encode_data(cfg, tokenizer, train_rows, "validation")
-    _, test, chance = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
+    _, test, _ = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
     torch.manual_seed(cfg.seed)
     totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
     results = evaluate(model, test, cfg.max_tokens, "test")
@@ -991,9 +1119,9 @@ def run_compare(cfg, _):
     path, rows = Path(cfg.out_dir) / "compare.jsonl", read_data(cfg)
     if rows:
         rows = (*data.hold_out(rows[0], cfg.val_share, "validation"), rows[1])
-    cfg = replace(cfg, init_from=cfg.init_from or str(make_base(cfg, device_and_dtype(cfg)[0])))
-    possible = variants(cfg, read_config(cfg.init_from))
-    base = prepare(cfg, None)[2]
+    model, _, base = prepare(replace(cfg, mode="train"), None)
+    cfg = replace(cfg, init_from=cfg.init_from or str(Path(cfg.out_dir) / "base"))
+    possible = variants(cfg, model.config)
     names = tuple(possible) if cfg.methods == ("all",) else cfg.methods
     for name in names:
         if name not in possible:
@@ -1189,7 +1317,7 @@ def plot_experts(result, results, out):
     plt.close("all")
 
 
-MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "compare": run_compare,
+MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export, "compare": run_compare,
          "shapley": run_shapley, "bench": run_bench}
 
 
@@ -1197,9 +1325,14 @@ def main(argv=None):
     try:
         cfg, saved = compose(parse_flags(argv))
         torch.set_float32_matmul_precision("high")
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")   # process 0 speaks for all
         return MODES[cfg.mode](cfg, saved)
     except InputError as e:
         sys.exit(f"error: {e}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
