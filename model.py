@@ -310,7 +310,7 @@ class Llama(nn.Module):
         targets = targets.flatten()              # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
         supervised = (targets >= 0).nonzero()[:, 0]
         labels, supervised = (t.to(hidden.device, non_blocking=True) for t in (targets[supervised], supervised))  # (N,)
-        hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)   # (N, C)
+        hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)       # (N, C)
         if len(labels) <= n:
             return judge(hidden, labels)
         chunks = [checkpoint(judge, *chunk, use_reentrant=False, preserve_rng_state=False)

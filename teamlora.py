@@ -78,7 +78,12 @@ class TeamLoRALinear(nn.Linear):
             with torch.no_grad():
                 self.interaction.fill_diagonal_(0)
 
-    def route(self, logits):
+    def route(self, x):
+        """Weights of the experts (..., in) -> (..., E), in fp32 (float64 for float64)."""
+        router = self.lora_A[:0] if self.router is None else self.router
+        return self.compete(F.linear(x, router.to(x.dtype)))
+
+    def compete(self, logits):
         """The competition: R x (..., E) -> weights of the experts (..., E), summing to E, in fp32 (float64 for float64)."""
         phi = softmax(logits)
         w = phi + phi @ self.interaction.to(phi.dtype)
@@ -96,7 +101,7 @@ class TeamLoRALinear(nn.Linear):
         # A and R read the same x: one product. Besides x, the backward pass keeps nothing wider than its output
         narrow = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
         z, logits = F.linear(x, narrow.to(x.dtype)).tensor_split((len(self.lora_A),), -1)
-        w = self.route(logits)                                                       # (B*T, E)
+        w = self.compete(logits)                                                     # (B*T, E)
         if self.change_weights:
             w = self.change_weights(w)
         if routing is not None:
@@ -114,7 +119,7 @@ class TeamLoRALinear(nn.Linear):
             raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its base: their weights "
                              "depend on the token, a merged weight cannot; lora and n_experts=1 can be")
         A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
-        w = self.route(A.new_zeros(self.n_experts))          # (E,), the same for every token
+        w = self.route(A.new_zeros(self.in_features))        # (E,), the same for every token
         return B @ self.weighted(A.T, w * (self.alpha / self.rank)).T
 
     def extra_repr(self):
@@ -128,7 +133,7 @@ class LoRALinear(TeamLoRALinear):
         super().__init__(*args, **kwargs)
         self.router = self.interaction = None
 
-    def route(self, logits):
+    def compete(self, logits):
         one = logits.new_ones((), dtype=torch.promote_types(logits.dtype, torch.float32))
         return one.expand(*logits.shape[:-1], self.n_experts)
 
@@ -143,7 +148,7 @@ class MoELoRALinear(TeamLoRALinear):
         super().__init__(*args, **kwargs)
         self.interaction = None
 
-    def route(self, logits):
+    def compete(self, logits):
         return softmax(logits)
 
 

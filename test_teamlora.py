@@ -124,7 +124,8 @@ def test_weights_sum_to_E_may_be_negative_and_are_fp32():
         layer.interaction.zero_()[0, 1] = -0.9   # expert 0 speaks against expert 1
         layer.router.zero_()[0] = 1.0
     assert weights_of(layer, torch.full((1, 11), 0.3))[0, 1] < 0
-    assert layer.route(torch.randn(2, 4, dtype=torch.bfloat16)).dtype == torch.float32
+    assert layer.route(torch.randn(2, 11, dtype=torch.bfloat16)).dtype == torch.float32
+    assert torch.allclose(layer.route(x := torch.randn(5, 11)), weights_of(layer, x))
     assert weights_of(layer.double(), torch.randn(2, 11, dtype=torch.float64)).dtype == torch.float64
 
 

@@ -45,8 +45,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, rotary_tables,
-                   save_llama)
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, read_config,
+                   rotary_tables, save_llama)
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
                       mean_usage, merge, mutual_information, only, parameter_state, published_loop, restricted,
                       shapley_interactions, shapley_values, top)
@@ -61,8 +61,8 @@ def flag(default, help):
 @dataclass(frozen=True)
 class Config:
     mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt, or the "
-                              "terminal), compare (methods side by side), shapley (the worth of each expert) or bench (what "
-                              "a step costs)")
+                              "terminal), compare (methods side by side), shapley (the worth of each expert) or bench "
+                              "(what a step costs)")
     out_dir: str = flag("out", "folder for everything a run writes")
     init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
@@ -193,12 +193,12 @@ def check(cfg):
             raise InputError(f"--{name} must be distinct and not negative, not {getattr(cfg, name)}")
     if cfg.mode == "train" and cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
-    if bad := [g for g in cfg.bench if g not in ("spread", "growth") and not (g.isdecimal() and int(g))]:
-        raise InputError(f"--bench takes numbers of experts, spread and growth, not '{bad[0]}'")
     if bool(cfg.export) != (cfg.mode == "export"):
         raise InputError("--export=FOLDER is a mode of its own: give it without --mode, and a folder with it")
     if cfg.export and Path(cfg.export).exists():
         raise InputError(f"--export={cfg.export} exists already; name a new folder")
+    if bad := [g for g in cfg.bench if g not in ("spread", "growth") and not (g.isdecimal() and int(g))]:
+        raise InputError(f"--bench takes numbers of experts, spread and growth, not '{bad[0]}'")
     if cfg.val_data and not cfg.data:
         raise InputError("--val_data needs --data")
     data.read_template(cfg.template)
