@@ -1686,7 +1686,7 @@ def test_thirty_kills_leave_no_trace(tmp_path):
         process, since = start(out), time.time()
         if (n := sum(kills.values())) < 30:      # the first ten early, so that they hit the making of the base
             folder, deadline = (out / "base.tmp", since + rng.uniform(0, seconds / 3)) if n < 10 else (
-                out, since + rng.uniform(0, seconds))
+                out, since + rng.uniform(0, seconds / 2))
             while process.poll() is None and (time.time() < deadline or n % 2 and not saving(folder, since)):
                 time.sleep(0.0005)
             process.kill()
