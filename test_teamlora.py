@@ -1843,6 +1843,12 @@ def test_variants_are_of_one_size_and_one_effective_scale():
                           atol=1e-5)
 
 
+def test_paper_settings_are_one_flag_that_others_override(tmp_path):
+    """Catches a preset that other flags do not override, or that sets what is no setting."""
+    cfg, _ = train.compose(train.parse_flags(["--paper", "--rank=16", f"--out_dir={tmp_path}"]))
+    assert (cfg.rank, cfg.n_experts, cfg.alpha, cfg.dropout, cfg.learning_rate) == (16, 4, 32.0, 0.05, 2e-4)
+
+
 def test_paired_interval_and_rank_correlation():
     """Catches a normal instead of Student's t, an unpaired deviation, and ranks that mishandle ties."""
     d, half = train.interval([0.01, 0.03, 0.02, 0.02, 0.02])

@@ -79,6 +79,7 @@ class Config:
     template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and perhaps {output} "
                                   "and its end; {eos} is the end of sequence")
     method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none (bare base)")
+    paper: bool = flag(False, "the paper's settings, as far as they are known, wherever no other flag says otherwise")
     rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank")
     n_experts: int = flag(4, "number of experts E")
     alpha: float = flag(16.0, "the update is scaled by alpha / rank")
@@ -132,6 +133,11 @@ class Config:
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
+# what --paper means: the paper's own where it gives them (E, r, targets, no balance term), else those of the code that
+# it was forked from; the weights' sum E and M are the layer itself
+PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropout": 0.05, "balance": 0.0,
+         "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03, "weight_decay": 0.0,
+         "max_length": 1024}
 # settings of a whole comparison, which shape none of its runs
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
@@ -660,6 +666,8 @@ def compose(given):
 
     Raises InputError if a flag contradicts the file.
     """
+    if given.get("paper"):
+        given = PAPER | given
     if given.get("export"):
         given = {"mode": "export"} | given
     made = [name for name in given if name.startswith("base_")]
@@ -1395,6 +1403,7 @@ def print_comparison(table):
               f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f} "
               + "".join(f"{mean(r['accuracy'][t] for r in rows):8.3f}" for t in tasks)
               + f"{means.mean().item():8.3f}{deviation}{difference}")
+    print_bars({name: torch.tensor([r["mean_accuracy"] for r in rows]) for name, rows in table.items()})
     keys = [k for k in ("usage_variation", "weight_entropy", "task_information", "task_information_shuffled",
                         "top_1_accuracy", "top_2_accuracy") if any(k in rows[0] for rows in table.values())]
     if keys:
@@ -1402,6 +1411,16 @@ def print_comparison(table):
     for name, rows in table.items():
         if keys and keys[0] in rows[0]:
             print(f"{name:{width}}" + "".join(f"{mean(r[k] for r in rows):27.3f}" for k in keys))
+
+
+def print_bars(values, width=60):
+    """A bar to the mean of each tensor of values, up to 1; grey reaches one deviation over seeds to either side."""
+    low = math.floor(10 * min(v.min().item() for v in values.values())) / 10
+    print(f"\nmean accuracy, from {low:.1f} to 1")
+    for name, v in values.items():
+        m, s = v.mean().item(), v.std().item() if len(v) > 1 else 0.0
+        places = [low + (i + 0.5) / width * (1 - low) for i in range(width)]
+        print(f"{name:{max(map(len, values))}} " + "".join("█" if x < m - s else "▒" if x < m + s else "·" for x in places))
 
 
 def rank_correlation(a, b):
