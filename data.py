@@ -516,29 +516,48 @@ def corpus(seed):
 
 # ---- Instruction files
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")        # from JSON's escapes or a command line; tokenizers crash
+LONGEST_TEXT = 1_000_000                         # characters; beyond it tokenising takes minutes, for nothing
+
+
+def fault(key, value, may_be_empty):
+    """What is wrong with the text of a row under `key`, or nothing."""
+    if not isinstance(value, str) or not (value.strip() or may_be_empty):
+        return "is missing, empty or not text"
+    if len(value) > LONGEST_TEXT:
+        return f"has {len(value):,} characters, more than {LONGEST_TEXT:,}"
+    if HALF_PAIR.search(value):
+        return "has half of a surrogate pair, which is no character"
+    return "is not one printable line" if key == "task" and not value.isprintable() else ""
+
+
 def read_rows(paths):
     """Rows of instruction files, comma-separated; a folder stands for its .json and .jsonl files. A row is
-    {"instruction", "input" (optional), "output", "task" (optional: else the file's stem)}.
+    {"instruction", "input" (optional), "output", "task" (optional: else the file's stem)}; null is none.
 
     Raises InputError that names the file and the row (from 1) for whatever cannot be used.
     """
+    if not all(paths.split(",")):                # an empty name would mean the current folder
+        raise InputError(f"{paths}: a name is missing beside a comma; write ./ for the current folder")
     rows = []
     for path in map(Path, paths.split(",")):
         files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
         if not files:
             raise InputError(f"{path}: no .json or .jsonl file in this folder")
         for file in files:
-            for number, raw in read_objects(file):
+            objects = read_objects(file)
+            if not objects:
+                raise InputError(f"{file}: no rows in there")
+            for number, raw in objects:
                 if not isinstance(raw, dict):
                     raise InputError(f"{file}, row {number}: expected an object with instruction and output")
-                fields = {"input": "", "task": file.stem} | {k: v for k, v in raw.items() if k in Row._fields}
+                given = {k: v for k, v in raw.items() if k in Row._fields and v is not None}
+                fields = {"instruction": "", "input": "", "task": file.stem} | given
                 for key in ("instruction", "input", "output", "task"):
                     optional = key == "input" or key == "instruction" and fields["input"]   # some rows ask in "input" alone
-                    if not isinstance(fields.get(key), str) or not (fields[key].strip() or optional):
-                        raise InputError(f"{file}, row {number}: '{key}' is missing, empty or not text")
+                    if wrong := fault(key, fields.get(key), optional):
+                        raise InputError(f"{file}, row {number}: '{key}' {wrong}")
                 rows.append(Row(**fields))
-    if not rows:
-        raise InputError(f"{paths}: no rows in there")
     return rows
 
 
@@ -548,21 +567,23 @@ def read_objects(file):
     try:
         text = file.read_bytes().decode("utf-8-sig")
         if file.suffix != ".jsonl":
-            objects = json.loads(text)
-            if not isinstance(objects, list):
-                raise InputError(f"{file}: expected a list of rows")
-            return list(enumerate(objects, 1))
-        objects = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if line.strip():
-                objects.append((number, json.loads(line)))
-        return objects
+            content = json.loads(text)
+        else:
+            content = []
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    content.append((number, json.loads(line)))
     except OSError as e:
         raise InputError(f"{file}: cannot be read ({e.strerror})") from None
     except json.JSONDecodeError as e:
         raise InputError(f"{file}, line {number + e.lineno - 1}: not JSON ({e.msg})") from None
     except UnicodeDecodeError as e:
         raise InputError(f"{file}: byte {e.start} is not UTF-8") from None
+    except (ValueError, RecursionError) as e:    # a number of 5000 digits, brackets 1000 deep
+        raise InputError(f"{file}, from line {number}: not JSON that can be read ({e})") from None
+    if not isinstance(content, list):
+        raise InputError(f"{file}: expected a list of rows")
+    return content if file.suffix == ".jsonl" else list(enumerate(content, 1))
 
 
 def hold_out(rows, share, salt=""):
@@ -632,15 +653,14 @@ TEMPLATES = {
 def read_template(text):
     """The template of that name, or the text itself, with \\n for newlines; {output}{eos} is added if there is no output.
 
-    Raises InputError if it is no format string of {instruction}, {input}, {output} and {eos}.
+    Raises InputError if it is no format string of {instruction}, {input}, {output} and {eos} alone.
     """
     template = TEMPLATES.get(text, text).replace("\\n", "\n")
     template += "" if "{output}" in template else "{output}{eos}"
-    try:
-        template.format(instruction="", input="", output="", eos="")
-    except (LookupError, ValueError):
-        template = ""
-    if template.count("{instruction}") != 1 or template.count("{input}") > 1 or template.count("{output}") > 1:
+    head = template.partition("{output}")[0]
+    found = [f for part in head.split("{eos}") for f in re.findall("{{|}}|{instruction}|{input}|[{}]", part)]
+    if ({"{", "}"} & {*found} or found.count("{instruction}") != 1 or found.count("{input}") > 1
+            or template.count("{output}") > 1 or HALF_PAIR.search(template)):
         raise InputError(f"--template must be {', '.join(TEMPLATES)} or a text with {{instruction}}, {{input}}, "
                          f"{{output}} and {{eos}}, each of the first three once, not '{text}'")
     return template
@@ -655,10 +675,12 @@ class Tokenizer:
         self.path = Path(path)
         try:
             self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as e:
-            raise InputError(f"{path}: not a sentencepiece model ({str(e).strip().splitlines()[-1]})") from None
+        except (OSError, RuntimeError, ValueError) as e:   # its message may itself be no UTF-8: a ValueError
+            raise InputError(f"{path}: not a sentencepiece model ({e})") from None
         self.prefix = [i for i in [self.model.bos_id()] if i >= 0]
         self.eos, self.size = self.model.eos_id(), self.model.vocab_size()
+        if self.eos < 0:
+            raise InputError(f"{path}: has no end-of-sequence piece, so no answer could end")
         self.use("paper")
 
     def use(self, template):
@@ -694,7 +716,7 @@ class JsonTokenizer(Tokenizer):
             raise InputError(f"{path}: not a readable tokenizer ({e})") from None
         # the file itself says whether its model was trained with a bos in front: Llama 3 yes, SmolLM2 no
         self.prefix = [i for i in self.model.encode("").ids if i != eos]
-        self.eos, self.size = eos, 1 + max(self.model.get_vocab().values())
+        self.eos, self.size = eos, 1 + max([eos, *self.prefix, *self.model.get_vocab().values()])   # ids may have gaps
         self.use("paper")
 
     def encode(self, text):

@@ -20,7 +20,9 @@ import hashlib
 import json
 import math
 import mmap
-from dataclasses import asdict, dataclass
+import re
+import zipfile
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -55,11 +57,33 @@ class LlamaConfig:
     eos_token_id: tuple = (2,)
 
     def __post_init__(self):
-        for name, value in list(asdict(self).items())[:7]:
-            if type(value) is not int or value < 1:
-                raise InputError(f"the model's {name} must be a positive whole number, not {value!r}")
-        if self.num_attention_heads % self.num_key_value_heads or self.head_dim % 2:
-            raise InputError("the model's heads must be a multiple of its key/value heads, and their width even")
+        for f in fields(self):
+            v, most = getattr(self, f.name), 1000 if f.name == "num_hidden_layers" else 2 ** 24
+            if f.type is int:                    # bounded, or a file could ask for a billion layers
+                right = type(v) is int and (f.name != "bos_token_id") <= v <= most
+                wanted = f"a whole number up to {most}"
+            elif f.type is bool:
+                right, wanted = type(v) is bool, "true or false"
+            elif f.type is tuple:
+                right = v and all(type(t) is int and 0 <= t < self.vocab_size for t in v)
+                wanted = "ids of the vocabulary"
+            else:                                # a number, or the numbers of rope_scaling
+                numbers = [v] if f.type is float else [x for k, x in (v or {}).items() if k != "rope_type"]
+                right = all(type(x) in (int, float) and 0 < x < 1e30 for x in numbers)
+                wanted = "positive numbers" if f.name == "rope_scaling" else "a positive number"
+            if not right:
+                raise InputError(f"{f.name} is {v!r}, not {wanted}")
+        if self.head_dim % 2 or self.num_attention_heads % self.num_key_value_heads:
+            raise InputError(f"head_dim {self.head_dim} must be even, num_attention_heads {self.num_attention_heads}"
+                             f" a multiple of num_key_value_heads {self.num_key_value_heads}")
+
+    @classmethod
+    def of(cls, path, **values):
+        """The same from the values of a file, which an error names."""
+        try:
+            return cls(**values)
+        except InputError as e:
+            raise InputError(f"{path}: {e}") from None
 
 
 @dataclass(frozen=True)
@@ -77,7 +101,7 @@ class AdapterConfig:
             raise InputError(f"method must be one of {', '.join((*METHODS, 'full', 'none'))}, not '{self.method}'")
         unknown = [t for t in self.targets if t not in PROJECTIONS]
         if unknown or not self.targets:
-            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, not '{','.join(unknown)}'")
+            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, not '{','.join(map(str, unknown))}'")
 
     def linear(self, name, n_in, n_out):
         """The projection `name`: adapted if it is a target, else a plain Linear without bias."""
@@ -386,7 +410,7 @@ def read_json(path):
     """The JSON object in a file, or an InputError that names the file."""
     try:
         value = json.loads(Path(path).read_text("utf-8"))
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise InputError(f"{path}: cannot be read as JSON ({e})") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
@@ -400,6 +424,8 @@ def read_config(folder):
     if raw.get("model_type") != "llama":
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' is supported")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}               # transformers 5, and before
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: the rotary settings are {rope!r}, not an object")
     rope = {"rope_theta": raw.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
     for key, known in KNOWN.items():
         value = rope.get(key, raw.get(key, known[0]))
@@ -417,10 +443,12 @@ def read_config(folder):
     # both files may name ends, and they differ: Llama-3-8B-Instruct's end of a turn stands in the second alone
     ends = [d.get("eos_token_id") for d in (raw, read_json(generation) if generation.is_file() else {})]
     ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
-    return LlamaConfig(**sizes, num_attention_heads=heads, rope_theta=theta, rope_scaling=scaling,
-                       num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                       head_dim=raw.get("head_dim") or sizes["hidden_size"] // heads,
-                       eos_token_id=tuple(dict.fromkeys(ends)) or (2,), **optional)
+    ends = tuple(e for i, e in enumerate(ends) if e not in ends[:i])
+    width = sizes["hidden_size"]
+    share = width // heads if type(width) is type(heads) is int and heads else 1     # else refused by LlamaConfig
+    return LlamaConfig.of(path, **sizes, num_attention_heads=heads, rope_theta=theta, rope_scaling=scaling,
+                          num_key_value_heads=raw.get("num_key_value_heads") or heads,
+                          head_dim=raw.get("head_dim") or share, eos_token_id=ends or (2,), **optional)
 
 
 def read_safetensors(path):
@@ -443,7 +471,7 @@ def read_safetensors(path):
             if not 0 <= start <= stop <= len(raw) - 8 - n or stop - start != math.prod(shape) * dtype.itemsize:
                 raise ValueError(f"{name} lies outside the file or has another size than its shape says")
             tensors[name] = torch.from_numpy(raw[8 + n + start:8 + n + stop]).view(dtype).view(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError) as e:
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
         raise InputError(f"{path}: not a readable safetensors file ({e})") from None
     return tensors
 
@@ -462,33 +490,56 @@ def write_safetensors(tensors, path):
             f.write(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def read_pickle(path, mapped=False):
+    """What torch.save wrote, if that is tensors and plain values; what would run code is refused, not run.
+
+    mapped: tensors stay in the file until they are used. Otherwise its checksums must fit.
+    """
+    try:
+        if not mapped:
+            with zipfile.ZipFile(path) as archive:           # torch.load never looks at the checksums
+                if archive.testzip():
+                    raise ValueError
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as e:                       # torch raises anything from EOFError to UnpicklingError here
+        wanted = re.search(r"GLOBAL (\S+)", str(e))
+        why = f"it holds code, {wanted[1]}, which is not run" if wanted else "damaged, foreign or of an old torch"
+        raise InputError(f"{path}: not a readable file of tensors ({why})") from None
+
+
+def plain(name, t):
+    """Whether they are a name and a tensor of floating-point numbers, nothing quantised, sparse or without data."""
+    return isinstance(name, str) and isinstance(t, torch.Tensor) and t.dtype in DTYPES.values() and (
+        t.layout is torch.strided and not t.is_meta)
+
+
 def read_tensors(path):
-    """name -> memory-mapped tensor of a .safetensors, .bin or .pth file. Code inside a file is refused, never run."""
+    """name -> memory-mapped tensor of a .safetensors, .bin or .pth file."""
     if not path.is_file():
         raise InputError(f"{path.parent}: {path.name} is missing")
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    try:
-        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        for name, t in tensors.items():
-            if not isinstance(t, torch.Tensor) or t.dtype not in DTYPES.values():
-                raise ValueError(f"{name} is {getattr(t, 'dtype', type(t).__name__)}; {PLAIN_TENSORS}")
-    except Exception as e:                       # torch raises anything from RuntimeError to UnpicklingError here
-        raise InputError(f"{path}: not a readable file of tensors ({str(e).splitlines()[0]})") from None
+    tensors = read_pickle(path, mapped=True)
+    for name, t in tensors.items() if isinstance(tensors, dict) else [("its content", tensors)]:
+        if not plain(name, t):
+            raise InputError(f"{path}: {name} is {getattr(t, 'dtype', type(t).__name__)}; {PLAIN_TENSORS}")
     return tensors
 
 
 def open_weights(folder):
     """name -> tensor of a Hugging Face folder, memory-mapped; old rotary buffers are left out."""
-    folder, names = Path(folder), []
+    folder, names, digits = Path(folder), [], 5 * "[0-9]"
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if (folder / f"{stem}.{suffix}").is_file():
             names = [f"{stem}.{suffix}"]
         elif (index := folder / f"{stem}.{suffix}.index.json").is_file():
-            names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        elif shards := sorted(folder.glob(f"{stem}-*-of-*.{suffix}")):
-            n = shards[0].stem.rpartition("-")[2]
-            names = [f"{stem}-{i:0{len(n)}}-of-{n}.{suffix}" for i in range(1, int(n) + 1)]
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise InputError(f"{index}: weight_map is missing or no object")
+            names = sorted({Path(str(name)).name for name in weight_map.values()})   # no path in a file is followed
+        elif shards := sorted(folder.glob(f"{stem}-{digits}-of-{digits}.{suffix}")):
+            n = shards[0].stem[-5:]
+            names = [f"{stem}-{i:05}-of-{n}.{suffix}" for i in range(1, int(n) + 1)]
         if names:
             break
     else:
@@ -515,16 +566,16 @@ def open_meta(folder):
         scaling = {"rope_type": "llama3", **SCALING["llama3"], "factor": 32.0 if C < 4096 else 8.0}
         llama3 = {"bos_token_id": 128000, "eos_token_id": (128001, 128008, 128009),
                   "max_position_embeddings": 131072 if raw.get("use_scaled_rope") else 8192}
-        config = LlamaConfig(
-            vocab_size=V, hidden_size=C, intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
+        config = LlamaConfig.of(
+            folder / "params.json", vocab_size=V, hidden_size=C, intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
             num_hidden_layers=raw["n_layers"], num_attention_heads=H, head_dim=D, rms_norm_eps=raw["norm_eps"],
             num_key_value_heads=raw.get("n_kv_heads") or n * len(first["layers.0.attention.wk.weight"]) // D,
             rope_theta=raw.get("rope_theta") or 10000.0,
             rope_scaling=scaling if raw.get("use_scaled_rope") else None,
             tie_word_embeddings=first.get("output.weight", embedding).data_ptr() == embedding.data_ptr(),
             **(llama3 if V == 128256 else {"max_position_embeddings": 4096}))
-    except KeyError as e:
-        raise InputError(f"{folder}: {e} is missing in params.json or consolidated.00.pth") from None
+    except (LookupError, TypeError, ZeroDivisionError) as e:
+        raise InputError(f"{folder}: {e} is missing or wrong in params.json or consolidated.00.pth") from None
 
     def renamed(name):
         for theirs, ours in META_NAMES.items():

@@ -22,13 +22,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 import torch.nn.functional as F
 
 import data
 import train
-from model import (SCALING, AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_safetensors,
-                   save_llama, write_safetensors)
+from model import (SCALING, AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_json,
+                   read_safetensors, save_llama, write_safetensors)
 from teamlora import (METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters, balance_loss,
                       distribution, entropy, load_parameters, mean_usage, merge, mutual_information, only,
                       parameter_state, published_loop, restricted, shapley_interactions, shapley_values, top)
@@ -460,84 +461,11 @@ def test_safetensors_round_trip_keeps_every_bit(tmp_path):
     assert all(torch.equal(again[k], v) and again[k].dtype == v.dtype for k, v in tensors.items())
 
 
-class Intruder:
-    """Pickled, it is a call that makes a file: what an unsafe reader runs."""
-    def __init__(self, path):
-        self.path = path
+class Code:
+    """Pickled, this runs code in whoever reads it without weights_only."""
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-def damaged(folder, how):
-    """A Llama folder spoilt in one way."""
-    config, weights = json.loads((folder / "config.json").read_text()), dict(open_weights(folder))
-    if how in ("mistral", "gelu", "yarn", "biased", "half scaled", "text sizes", "odd heads", "quantised", "partial"):
-        config |= {"mistral": {"model_type": "mistral"}, "gelu": {"hidden_act": "gelu"}, "biased": {"attention_bias": True},
-                   "yarn": {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "text sizes": {"hidden_size": "48"},
-                   "half scaled": {"rope_parameters": {"rope_type": "llama3", "factor": 8.0}},
-                   "odd heads": {"num_key_value_heads": 4}, "partial": {"partial_rotary_factor": 0.5},
-                   "quantised": {"quantization_config": {"load_in_4bit": True}}}[how]
-    if how == "no heads":
-        del config["num_attention_heads"]
-    if how == "missing key":
-        del weights["model.layers.1.mlp.up_proj.weight"]
-    if how == "unexpected key":
-        weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(60)
-    if how == "wrong shape":
-        weights["model.norm.weight"] = torch.ones(47)
-    (folder / "config.json").write_text("{" if how == "no json" else json.dumps(config))
-    write_safetensors({k: v.clone() for k, v in weights.items()}, folder / "model.safetensors")
-    content = (folder / "model.safetensors").read_bytes()
-    if how in ("int8", "outside", "negative"):   # the same length each, so that the header stays where it was
-        old, new = {"int8": (b'"F32"', b'"I8" '), "outside": (b'"data_offsets": [0', b'"data_offsets": [9'),
-                    "negative": (b'[48]', b'[-4]')}[how]
-        (folder / "model.safetensors").write_bytes(content.replace(old, new, 1))
-    if how == "huge header":
-        (folder / "model.safetensors").write_bytes(b"\xff" * 8 + content[8:])
-    if how == "empty file":
-        (folder / "model.safetensors").write_bytes(b"")
-    if how == "truncated":
-        (folder / "model.safetensors").write_bytes(content[:-100])
-    if how == "no weights":
-        (folder / "model.safetensors").unlink()
-    if how == "code inside":
-        (folder / "model.safetensors").unlink()
-        torch.save({"model.norm.weight": Intruder(folder / "ran")}, folder / "pytorch_model.bin")
-    if how in ("nested bin", "int8 bin", "cut bin"):
-        (folder / "model.safetensors").unlink()
-        torch.save({"nested bin": {"model": weights}, "int8 bin": {"w": torch.ones(3, dtype=torch.int8)}, "cut bin": weights}[how],
-                   folder / "pytorch_model.bin")
-    if how == "cut bin":
-        (folder / "pytorch_model.bin").write_bytes((folder / "pytorch_model.bin").read_bytes()[:-500])
-    if how in ("missing shard", "shard not listed"):
-        (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
-        if how == "missing shard":
-            (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(
-                weights, "model-00002-of-00002.safetensors")}))
-
-
-@pytest.mark.parametrize("how, message", [
-    ("mistral", "model_type is 'mistral'"), ("gelu", "hidden_act is 'gelu'"), ("yarn", "rope_type is 'yarn'"),
-    ("biased", "attention_bias is True"), ("no heads", "'num_attention_heads' is missing"), ("no json", "cannot be read as JSON"),
-    ("missing key", "missing .'model.layers.1.mlp.up_proj.weight'"), ("unexpected key", "unexpected .*q_proj.bias"),
-    ("wrong shape", r"model.norm.weight has shape \(47,\)"), ("truncated", "outside the file"),
-    ("half scaled", "'low_freq_factor' is missing"), ("text sizes", "hidden_size must be a positive whole number, not '48'"),
-    ("odd heads", "multiple of its key/value heads"), ("partial", "partial_rotary_factor is 0.5"),
-    ("quantised", "quantization_config is {'load_in_4bit'"), ("int8", "embed_tokens.weight is I8; only tensors of F32"),
-    ("outside", "lies outside the file"), ("negative", "not a readable safetensors file"), ("huge header", "header is longer"),
-    ("empty file", "not a readable safetensors file"), ("nested bin", "model is dict; only tensors"),
-    ("int8 bin", "w is torch.int8; only tensors"), ("cut bin", "not a readable file of tensors"),
-    ("missing shard", "model-00002-of-00002.safetensors is missing"),
-    ("shard not listed", "model-00002-of-00002.safetensors is missing"),
-    ("no weights", "neither model.safetensors nor pytorch_model.bin"), ("code inside", "not a readable file of tensors")])
-def test_damaged_folder_is_refused_by_name(tmp_path, how, message):
-    """Catches a loader that loads half a model, or a foreign one, in silence."""
-    save_llama(tiny("none"), tmp_path)
-    damaged(tmp_path, how)
-    with pytest.raises(InputError, match=message):
-        load_llama(tmp_path)
-    assert not (tmp_path / "ran").exists()
+        return exec, ("raise SystemExit('ran')",)
 
 
 def write_hub(model, folder, suffix, n_shards, index):
@@ -638,11 +566,14 @@ def test_every_meta_layout_gives_the_same_logits(tmp_path, config, n_shards, axi
     (lambda f, w: (f / "consolidated.01.pth").unlink(), "consolidated.01.pth is missing"),
     (lambda f, w: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
     (lambda f, w: (f / "params.json").write_text("{}"), "'dim' is missing"),
+    (lambda f, w: (f / "params.json").write_text('{"dim": "48", "n_heads": 6}'), "wrong in params.json"),
+    (lambda f, w: (f / "params.json").write_text((f / "params.json").read_text().replace('rs": 3', 'rs": 1e9')),
+     "params.json: num_hidden_layers is 1000000000.0, not a whole number"),
     (lambda f, w: torch.save(w | {"layers.0.attention.wq.bias": torch.ones(30)}, f / "consolidated.00.pth"), "unexpected .*q_proj.bias"),
     (lambda f, w: w.pop("norm.weight") is None or torch.save(w, f / "consolidated.01.pth"), None),
     (lambda f, w: torch.save(w | {"layers.2.feed_forward.w2.weight": torch.ones(48, 27)}, f / "consolidated.01.pth"),
      r"down_proj.weight has shape \(48, 28\) \+ \(48, 27\), its config says \(48, 56\)"),
-    (lambda f, w: torch.save(w | {"code": Intruder(f / "ran")}, f / "consolidated.00.pth"), "not a readable file of tensors")])
+    (lambda f, w: torch.save(w | {"code": Code()}, f / "consolidated.00.pth"), "it holds code, exec")])
 def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
     """Catches a Meta folder that is loaded in part."""
     write_meta(tiny("none", train.replace(TINY, vocab_size=106)), tmp_path, 2, 1, {"rope_theta": 500.0})
@@ -652,7 +583,6 @@ def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
     else:
         with pytest.raises(InputError, match=message):
             load_llama(tmp_path)
-    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -903,21 +833,6 @@ def test_files_and_folders_become_tasks(tmp_path):
     expected = [("one", "Say", "a", "b"), *rest, ("two", "Say", "a", "b"), *rest]
     assert data.read_rows(str(tmp_path)) == expected
     assert data.read_rows(f"{tmp_path}/one.json,{tmp_path}/two.jsonl") == expected
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("a.json", '[{"instruction": "x", "output": "y"}, {"instruction": "x"}]', "a.json, row 2: 'output'"),
-    ("a.json", '[{"output": "y"}]', "row 1: 'instruction'"), ("a.json", '[{"instruction": "x", "output": null}]', "row 1: 'output'"),
-    ("a.json", '[3]', "row 1: expected an object"), ("a.json", '{"a": 1}', "expected a list"), ("a.json", "[]", "no rows"),
-    ("a.json", '[{"instruction": "x",\n "output" 1}]', "line 2: not JSON"), ("a.jsonl", '{"instruction": "x"}\n', "row 1: 'output'"),
-    ("a.jsonl", '\n{"instruction": "x", "output": " "}', "row 2: 'output'"), ("a.jsonl", '{}\n{', "line 2: not JSON"),
-    ("a.json", b"\xff\xfe[", "not UTF-8"), ("a.txt", None, "cannot be read")])
-def test_bad_rows_are_named(tmp_path, name, content, message):
-    """Catches a row that is skipped in silence."""
-    if content is not None:
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError, match=message):
-        data.read_rows(str(tmp_path / name))
 
 
 def test_long_rows_lose_prompt_never_answer(tokenizer, capsys):
@@ -1214,7 +1129,7 @@ def test_loop_reads_nothing_from_the_device_between_log_lines(tokenizer):
 
 def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
     """Catches a mean of means over processes, adapters that drift apart, examples lost or counted twice, two writers."""
-    flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3", "--max_tokens=256", "--max_length=256"]
+    flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3", "--max_tokens=512", "--max_length=512"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "base").symlink_to(finished[0] / "base")
@@ -1329,48 +1244,319 @@ def test_bench_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert "spread over E" in capsys.readouterr().out
 
 
-def files_in(folder):
-    return {p: p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+# ---- Does bad input end in one line?
+
+# flags: what is said; where nothing else is given, the name of the flag
+FLAGS = {f: f.split("=")[0].strip("-") for f in f"""--no_such_flag=1 --step=5 --steps=many --steps=0 word
+    --rank=0 --n_experts=0 --method=dora --targets= --mode=fly --resume=maybe --alpha=inf --learning_rate=-1
+    --learning_rate=nan --dropout=1 --seed=-1 --seed={10 ** 30} --temperature=nan --out_dir=
+    --max_tokens=8""".split()}
+FLAGS |= {
+    "--targets=q_proj,wq": "wq", "--method=none": "nothing to train", "--val_data=x.json": "needs --data",
+    "--max_length=1022 --max_tokens=1022": "padding makes 1024", "--data=" + "x" * 5000: "too long",
+    "--max_length=9 --max_tokens=99": "built-in texts", "--out_dir={bad}/half.json": "must be a folder",
+    "--data={bad}/none.json": "cannot be read", "--data={bad}/half.json,": "a name is missing",
+    "--data={bad}/adapter_code": "no .json or .jsonl file", "--init_from={bad}/half.json": "neither config.json",
+    "--data={bad}/half.json --out_dir={bad}/new": "row 2", "--resume --steps=21": "--steps=21 contradicts",
+    "--init_from={bad}/nowhere": "nowhere: neither config.json", "--mode=eval --rank=3": "--rank=3 contradicts",
+    "--mode=eval --out_dir={bad}/none": "adapter.pt does not exist", "--mode=sample --prompt=\n": "the prompt is missing, empty",
+    "--mode=sample --prompt=\udcff": "half of a surrogate pair", "--mode=sample --prompt=" + "Anna" * 2000: "tokens; give 1 to",
+    "--mode=bench --size=7b": "--size must be one of smollm2-135m", "--mode=bench --bench=x": "--bench takes numbers of experts",
+    "--mode=export": "--export=FOLDER", "--mode=eval --export=x": "--export=FOLDER", "--seeds=1,1": "--seeds must be distinct",
+    "--base_width=64 --init_from=x": "--base_width is about the built-in base", "--template=lama3": "--template must be",
+    "--template={{instruction.x}}": "--template must be", "--template={{instruction}}{{{{output}}}}": "--template must be"}
+GOOD, NESTED = '{"instruction": "x", "output": "y"}', "[" * 10 ** 5
+LONG = json.dumps([{"instruction": str(i), "output": "y " * 2000} for i in range(50)])
+DATA = {  # file of rows: what is said, what it holds
+    "half.json": ("half.json, row 2: 'output' is missing, empty or not", f'[{GOOD}, {{"instruction": "x"}}]'),
+    "mute.json": ("row 1: 'instruction'", '[{"output": "y"}]'), "nul.json": ("line 1: not JSON", "\0" * 99),
+    "null.json": ("row 1: 'output'", '[{"instruction": "x", "output": null}]'), "void.json": ("not JSON", ""),
+    "rowless.json": ("no rows", "[]"), "blank.jsonl": ("no rows", "\n"), "wide.json": ("digits", "9" * 5000),
+    "number.json": ("row 1: 'output'", '[{"instruction": "x", "output": 4}]'),
+    "list.json": ("row 1: 'instruction'", '[{"instruction": ["x"], "output": "y"}]'),
+    "space.jsonl": ("row 2: 'output'", '\n{"instruction": "x", "output": " "}'),
+    "nested.json": ("row 1: expected an object", f"[[{GOOD}]]"), "cut.jsonl": ("line 2: not JSON", "{}\n{"),
+    "object.json": ("expected a list of rows", GOOD), "lines.json": ("line 2: not JSON", GOOD + "\n" + GOOD),
+    "latin.jsonl": ("byte 12 is not UTF-8", b'{"output": "\xe9"}'), "deep.json": ("recursion", NESTED),
+    "alone.json": ("holding out", f"[{GOOD}]"), "deep.jsonl": ("line 2: not JSON", "\n" + NESTED),
+    "pair.json": ("half of a surrogate pair", f'[{GOOD[:-2]}\\ud83d"}}]'),
+    "task.json": ("row 1: 'task' is not one printable line", f'[{GOOD[:-1]}, "task": "a\\nb"}}]'),
+    "long.json": ("every answer is longer", LONG)}
+CONFIG = [  # a key of config.json, its value; None: it is missing
+    ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_theta", -1),
+    ("num_attention_heads", None), ("rope_theta", 10 ** 400), ("num_attention_heads", 3), ("head_dim", 31),
+    ("hidden_size", "64"), ("num_hidden_layers", 10 ** 9), ("vocab_size", -1), ("rms_norm_eps", "1e-5"),
+    ("eos_token_id", [10 ** 6]), ("tie_word_embeddings", 1), ("partial_rotary_factor", 0.5), ("eos_token_id", [[1]]),
+    ("quantization_config", {"load_in_4bit": True})]
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--no_such_flag=1"], "no_such_flag"), (["--step=5"], "--step"), (["--steps=many"], "steps"), (["--steps=0"], "--steps"),
-    (["--rank=0"], "--rank must be at least 1"), (["--n_experts=0"], "--n_experts must be at least 1"), (["--method=dora"], "method"),
-    (["--targets=q_proj,wq"], "wq"), (["--targets="], "targets"), (["--mode=fly"], "--mode"), (["--mode=bench", "--size=7b"], "--size must be one of smollm2-135m"),
-    (["--mode=bench", "--bench=x"], "--bench takes numbers of experts"), (["--resume=maybe"], "maybe"),
-    (["--learning_rate=-1"], "--learning_rate"), (["--learning_rate=nan"], "--learning_rate"), (["--dropout=1"], "--dropout"),
-    (["--method=none"], "nothing to train"), (["--val_data=x.json"], "needs --data"),
-    (["--mode=export"], "--export=FOLDER"), (["--mode=eval", "--export=x"], "--export=FOLDER"),
-    (["--template=lama3"], "--template"), (["--base_width=64", "--init_from=x"], "--base_steps is about the built-in base"),
-    (["--init_from={tmp}/nowhere"], "nowhere"), (["--init_from={tmp}"], "config.json"), (["--data={tmp}/nothing.json"], "nothing.json"),
-    (["--data={tmp}/bad.json"], "bad.json, row 1"), (["--mode=eval", "--out_dir={tmp}/none"], "adapter.pt does not exist"),
-    (["--resume", "--steps=21"], "--steps=21 contradicts"), (["--mode=eval", "--rank=3"], "--rank=3 contradicts"),
-    (["--mode=eval", "--init_from={other}"], "contradicts"), (["--max_tokens=8"], "--max_tokens=8 cannot hold"),
-    (["--data={tmp}/bad.json", "--out_dir={tmp}/new"], "bad.json, row 1")])
-def test_bad_input_is_one_line_and_writes_nothing(finished, tmp_path, capsys, flags, message):
-    """Catches a traceback where a sentence belongs, and files that a refused run leaves behind."""
-    (tmp_path / "bad.json").write_text('[{"instruction": "x"}]')
-    before = files_in(finished[0]), files_in(tmp_path)
-    flags = [f.format(tmp=tmp_path, other=finished[0] / "base") for f in flags]
-    modes_with_files = any(f.startswith(("--mode=eval", "--resume")) for f in flags)
+def pickled(thing):
+    torch.save(thing, buffer := io.BytesIO())
+    return buffer.getvalue()
+
+
+def header(text="", name="a", dtype="F32", shape=(), stop=4):
+    """A safetensors file with this header, or with one entry, before 16 bytes."""
+    text = (text or json.dumps({name: {"dtype": dtype, "shape": shape, "data_offsets": [0, stop]}})).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(16)
+
+
+def endless(_):
+    """A sentencepiece model without an end of sequence."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b"] * 50), model_writer=(buffer := io.BytesIO()), vocab_size=9, eos_id=-1,
+        hard_vocab_limit=False, minloglevel=2)
+    return buffer.getvalue()
+
+
+SAFE, PICKLE, PIECES = "model.safetensors", "pytorch_model.bin", "tokenizer.model"
+# Llama folder: what is said, {file: what it holds; None: it is missing; a function: of the good file; a dict: what
+# differs in config.json or among the weights}
+FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value) in enumerate(CONFIG)} | {
+    "yarn": ("rope_type is 'yarn'", {"config.json": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}),
+    "half_scaled": ("'low_freq_factor' is missing", {
+        "config.json": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}}),
+    "scaled": ("not positive numbers", {"config.json": {"rope_scaling": {"type": "linear", "factor": "8"}}}),
+    "rope": ("the rotary settings are [1]", {"config.json": {"rope_scaling": [1]}}),
+    "no_heads": ("config.json: num_attention_heads is 0", {
+        "config.json": {"num_attention_heads": 0, "head_dim": None}}),
+    "no_config": ("neither config.json (Hugging Face) nor params.json", {"config.json": None}), "bin_empty": ("damaged", {PICKLE: b""}),
+    "config_cut": ("config.json: cannot be read as JSON", {"config.json": "{"}),
+    "config_deep": ("config.json: cannot be read as JSON", {"config.json": NESTED}),
+    "no_weights": (f"neither {SAFE} nor {PICKLE}", {SAFE: None}),
+    "cut": ("outside the file", {SAFE: lambda raw: raw[:-99]}),
+    "ints": ("a is I32; only tensors of F32", {SAFE: header(dtype="I32")}),
+    "empty": (f"{SAFE}: not a readable", {SAFE: b""}), "long": ("longer than the file", {SAFE: b"\xff" * 99}),
+    "deep": (f"{SAFE}: not a readable", {SAFE: header(NESTED)}),
+    "overflow": (f"{SAFE}: not a readable", {SAFE: header(shape=[0, 2 ** 70], stop=0)}),
+    "negative": (f"{SAFE}: not a readable", {SAFE: header(shape=[-1, -1])}),
+    "outside": ("a b lies outside the file", {SAFE: header(name="a\nb", shape=[5], stop=20)}),
+    "missing": ("missing ['model.norm.weight']", {PICKLE: {"model.norm.weight": None}}),
+    "unexpected": ("unexpected ['model.norm.bias']", {PICKLE: {"model.norm.bias": torch.ones(64)}}),
+    "shape": ("model.norm.weight has shape (47,)", {PICKLE: {"model.norm.weight": torch.ones(47)}}),
+    "generation": ("generation_config.json: cannot be read", {"generation_config.json": "{"}),
+    "index": ("weight_map is missing", {SAFE: None, f"{SAFE}.index.json": '{"weight_map": 1}'}),
+    "path": ("path: b is missing", {SAFE: None, f"{SAFE}.index.json": '{"weight_map": {"a": "../b"}}'}),
+    "shard": ("model-00001-of-00002.safetensors is missing", {SAFE: None, "model-00002-of-00002.safetensors": b""}),
+    "nested": ("model is dict; only tensors", {PICKLE: {"model": {}}}),
+    "integers": ("model.norm.weight is torch.int64; only", {PICKLE: {"model.norm.weight": torch.ones(64).long()}}),
+    "code": ("it holds code, exec", {PICKLE: {"model.norm.weight": Code()}}),
+    "bin_cut": ("damaged", {PICKLE: pickled([1])[:-9]}), "endless": ("no end-of-sequence", {PIECES: endless}),
+    "bin_list": ("its content is list; only tensors", {PICKLE: pickled([1])}),
+    "no_pieces": ("not a sentencepiece model", {PIECES: b""}),
+    "no_tokenizer": (f"neither {PIECES} nor tokenizer.json", {PIECES: None}),
+    "tiktoken": ("Llama 3's in tiktoken's format", {PIECES: b"IQ== 0\n"}),
+    "piece": ("not a sentencepiece model", {PIECES: lambda raw: raw.replace(b"<0xE6>", b"<0xE\xff>")}),
+    "json": ("tokenizer.json", {PIECES: None, "tokenizer.json": "{}"}),
+    "large": ("only 9 embeddings", {
+        "config.json": {"vocab_size": 9}, PICKLE: {"model.embed_tokens.weight": torch.ones(9, 64)}})}
+ADAPTERS = {  # adapter.pt: what is said, what differs in it or what it is
+    "code": ("it holds code, exec", {"more": Code()}), "empty": ("damaged", b""),
+    "cut": ("damaged", pickled([1])[:-9]), "list": ("not written by train.py", pickled([1])),
+    "no_config": ("'config' is missing", pickled({})),
+    "colour": ("colour is missing, unknown", {"config": {"colour": 1}}),
+    "typed": ("rank is missing, unknown, of another type", {"config": {"rank": "8"}}),
+    "number": ("a is missing, unknown, of another type", {"parameters": {"a": 1}}),
+    "nan": ("a is missing, unknown, of another type or not finite", {"parameters": {"a": torch.tensor(math.nan)}}),
+    "no_fingerprint": ("fingerprint is missing", {"fingerprint": None}), "no_parameters": ("missing", {"parameters": {}}),
+    "experts": ("lora_A is", {"config": {"n_experts": 3}}), "targets": ("missing", {"config": {"targets": ("q_proj",)}}),
+    "no_target": ("targets must be some of", {"config": {"targets": (1,)}}),
+    "huge": ("--top_k must be below", {"config": {"top_k": 10 ** 30}}),
+    "method": ("does not fit", {"config": {"method": "moelora"}}),
+    "no_experts": ("--n_experts must be at least 1", {"config": {"n_experts": 0}}),
+    "other_base": ("made for another base", {"fingerprint": "0"}),
+    "path": ("--init_from=/stranger; say --init_from here too", {"config": {"init_from": "/stranger"}}),
+    "rows": ("--data=/stranger; say --data here too", {"config": {"data": "/stranger"}})}
+BAD = [*FLAGS.items(), *((f"--data={{bad}}/{name}", said) for name, (said, _) in DATA.items()),
+       *((f"--init_from={{bad}}/{name}", said) for name, (said, _) in FOLDERS.items()),
+       *((f"--mode=eval --out_dir={{bad}}/adapter_{name}", said) for name, (said, _) in ADAPTERS.items())]
+
+
+@pytest.fixture(scope="session")
+def bad(finished, tmp_path_factory):
+    """A folder of everything that BAD names."""
+    folder, base = tmp_path_factory.mktemp("bad"), finished[0] / "base"
+    good = {p.name: p.read_bytes() for p in base.iterdir()}
+    adapter, weights = torch.load(finished[0] / "adapter.pt", weights_only=True), open_weights(base)
+    weights = {k: v.clone() for k, v in weights.items()}
+    originals = {"config.json": read_json(base / "config.json"), PICKLE: weights}
+    contents = {name: content for name, (_, content) in DATA.items()}
+    for kind, (_, changes) in FOLDERS.items():
+        for name, content in (good | ({SAFE: None} if PICKLE in changes else {}) | changes).items():
+            if isinstance(content, dict):
+                content = {k: v for k, v in (originals[name] | content).items() if v is not None}
+                content = pickled(content) if name == PICKLE else json.dumps(content)
+            contents[f"{kind}/{name}"] = content(good[name]) if callable(content) else content
+    for kind, (_, changes) in ADAPTERS.items():
+        if isinstance(changes, dict):
+            changes = adapter | changes | {"config": adapter["config"] | changes.get("config", {})}
+            changes = pickled({k: v for k, v in changes.items() if v is not None})
+        contents[f"adapter_{kind}/adapter.pt"] = changes
+        contents |= {f"adapter_{kind}/base/{name}": content for name, content in good.items()}
+    for name, content in contents.items():
+        if content is not None:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def files_in(*folders):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for folder in folders for p in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("flags, said", BAD, ids=[ascii(flags)[:60] for flags, _ in BAD])
+def test_bad_input_is_one_line_and_writes_nothing(finished, bad, flags, said):
+    """Catches a traceback where a sentence belongs, code that runs, and files that a refused run leaves."""
+    before = files_in(finished[0], bad)
     with pytest.raises(SystemExit) as stop:
-        train.main(([] if modes_with_files else REAL if "--init_from" in flags[0] else SMALL) + [f"--out_dir={finished[0]}"] + flags)
+        train.main((REAL if "--init_from" in flags else SMALL) + [f"--out_dir={finished[0]}", "--steps=20",
+                                                                  *flags.format(bad=bad).split(" ")])
     text = str(stop.value)
-    assert text.startswith("error: ") and message in text and "\n" not in text
-    assert (files_in(finished[0]), files_in(tmp_path)) == before
+    assert text.startswith("error: ") and said in text and text.isprintable() and len(text) <= 1010
+    assert files_in(finished[0], bad) == before
 
 
-def test_adapter_for_another_base_is_refused(finished, tmp_path):
-    """Catches an adapter that is put on weights it was not trained for."""
-    (tmp_path / "adapter.pt").write_bytes((finished[0] / "adapter.pt").read_bytes())
-    other = load_llama(finished[0] / "base")
-    with torch.no_grad():
-        other.model.norm.weight.add_(0.5)
-    save_llama(other, tmp_path / "base")
-    for name in ("made_from.json", "tokenizer.model"):
-        (tmp_path / "base" / name).write_bytes((finished[0] / "base" / name).read_bytes())
-    with pytest.raises(SystemExit, match="another base"):
-        train.main(["--mode=eval", f"--out_dir={tmp_path}", "--device=cpu"])
+def test_bad_input_from_a_shell(finished, bad):
+    """Catches an exit code of 0, and what only a real process prints after the sentence."""
+    for flags in ("--mode=sample --prompt=\udcff", "--mode=sample", "--mode=eval --out_dir={bad}/adapter_code"):
+        command = [sys.executable, train.__file__, f"--out_dir={finished[0]}", *flags.format(bad=bad).split()]
+        run = subprocess.run(command, capture_output=True, input=b"\xff\n", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+        assert run.returncode == 1 and b"Traceback" not in run.stderr
+        assert run.stderr.splitlines()[-1].startswith(b"error: ")
+
+
+def test_odd_rows_are_taken_or_named(tokenizer, tmp_path):
+    """Catches NUL or null that spoil a right row, and a line of 100 MB that is tokenised for minutes."""
+    odd = tmp_path / "odd.jsonl"
+    odd.write_text('{"instruction": "a\\u0000b", "input": null, "output": "c\u2028d"}\r\n', newline="")
+    row, = data.read_rows(str(odd))
+    assert row == ("odd", "a\0b", "", "c\u2028d")
+    assert tokenizer.decode(tokenizer.encode(row.instruction)) == "a\0b"
+    odd.write_bytes(b'\n{"instruction": "a", "output": "' + b"b" * 10 ** 8 + b'"}')
+    with pytest.raises(InputError, match="row 2: 'output' has 100,000,000 characters"):
+        data.read_rows(str(odd))
+    odd.unlink()
+
+
+def test_shared_rows_and_empty_tasks_are_counted(tokenizer, tmp_path, capsys):
+    """Catches leakage between --data and --val_data, and a task without examples, that nobody hears of."""
+    for name, rows in (("a.json", ["t one 1", "u two 2", "long three " + 2000 * "3"]),
+                       ("b.json", ["t one 4", "t four 4", "v five 5"])):
+        rows = [dict(zip(("task", "instruction", "output"), row.split())) for row in rows]
+        (tmp_path / name).write_text(json.dumps(rows))
+    cfg = train.Config(data=str(tmp_path / "a.json"), val_data=str(tmp_path / "b.json"))
+    _, split, _ = train.encode_data(cfg, tokenizer, train.read_data(cfg))
+    said = capsys.readouterr().out
+    assert split.keys() == {"t", "v"} and "1 of 3 validation rows ask what a training row asks" in said
+    assert "no training row is left of: long, v" in said and "no validation row is left of: long, u" in said
+
+
+def test_adapter_from_elsewhere_takes_its_base_where_it_lies_here(finished, bad):
+    """Catches an adapter that cannot be used at all because no path inside it is followed."""
+    results = train.main(["--mode=eval", f"--out_dir={bad}/adapter_path", f"--init_from={finished[0]}/base"])
+    assert train.val_loss(results) == finished[1]["val_loss"]
+
+
+# ---- Does anything else crash? With the optional package hypothesis; FUZZ=5000 draws more, others every time
+
+@pytest.fixture
+def fuzz():
+    """(strategies, any JSON value, run): run(function, *strategies) calls the function with drawn values."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st, n, checks = hypothesis.strategies, os.environ.get("FUZZ"), list(hypothesis.HealthCheck)
+    settings = hypothesis.settings(max_examples=int(n or 100), derandomize=not n, deadline=None,
+                                   database=None, suppress_health_check=checks)
+    keys, scalars = st.sampled_from(data.Row._fields) | st.text(), st.integers() | st.floats() | st.text()
+    scalars |= st.none() | st.booleans()
+    values = st.recursive(scalars, lambda v: st.lists(v) | st.dictionaries(keys, v), max_leaves=6)
+    return st, values, lambda function, *strategies: settings(hypothesis.given(*strategies)(function))()
+
+
+def unless_refused(function, *args):
+    """What the function returns, or None if it raises InputError: any other error is the test's to find."""
+    try:
+        return function(*args)
+    except InputError:
+        return None
+
+
+def test_fuzz_safetensors_reader(fuzz, tmp_path):
+    """Catches a damaged header or a flipped byte that crashes the reader, a tensor from outside the file."""
+    st, values, run = fuzz
+    tensors = {"a": torch.ones(3, 2), "b": torch.ones(5).half(), "c": torch.ones(0, 2)}
+    write_safetensors(tensors, tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    numbers = values | st.lists(st.integers(-2, 9) | st.sampled_from([2 ** 63, -2 ** 70]), max_size=3)
+    dtype = values | st.sampled_from(["F32", "F16", "I8"])
+    entry = st.fixed_dictionaries({"dtype": dtype, "shape": numbers, "data_offsets": numbers})
+
+    def read(raw):
+        (tmp_path / "x").write_bytes(raw)
+        tensors = unless_refused(read_safetensors, tmp_path / "x") or {}
+        assert all(t.numel() * t.element_size() <= len(raw) and t.sum() is not None for t in tensors.values())
+
+    def read_header(header):
+        head = json.dumps(header).encode()
+        read(len(head).to_bytes(8, "little") + head + bytes(64))
+    run(read_header, values | st.dictionaries(st.text(), entry))
+    run(lambda place, new, end: read((good[:place] + new + good[place + len(new):])[:end]),
+        st.integers(0, len(good)), st.binary(max_size=4), st.none() | st.integers(0, len(good)))
+
+
+def test_fuzz_row_parser(fuzz, tmp_path):
+    """Catches a file that crashes the parser, and a row that is lost, doubled or changed."""
+    st, values, run = fuzz
+    text, maybe = st.text(min_size=1), st.none() | st.just("t")
+    rest = {"input": maybe | st.text(), "task": maybe, "x": values}
+    row = st.fixed_dictionaries({"instruction": text, "output": text}, optional=rest)
+
+    def parse(objects, name, between):
+        text = between.join(map(json.dumps, objects)) if name == "x.jsonl" else json.dumps(objects)
+        (tmp_path / name).write_text(text, newline="")
+        rows = unless_refused(data.read_rows, str(tmp_path / name))
+        fields = {"task": "x", "instruction": "", "input": "", "output": ""}
+        assert rows is None or rows == [tuple(o.get(k) or v for k, v in fields.items()) for o in objects]
+
+    def parse_bytes(raw, name):
+        (tmp_path / name).write_bytes(raw)
+        unless_refused(data.read_rows, str(tmp_path / name))
+    names = st.sampled_from(["x.json", "x.jsonl"])
+    run(parse, st.lists(row) | st.lists(values), names, st.sampled_from(["\n", "\r\n"]))
+    run(parse_bytes, st.binary(), names)
+
+
+def test_fuzz_flags(fuzz):
+    """Catches a flag whose value crashes, and settings that pass although they are none."""
+    st, _, run = fuzz
+    texts = st.text() | (st.integers() | st.floats()).map(str) | st.sampled_from(["true", "q_proj", "lora"])
+    names = st.sampled_from([f.name for f in train.fields(train.Config)])
+    flags = st.builds("--{}={}".format, names, texts)
+
+    def parse(argv):
+        cfg = unless_refused(lambda: train.check(train.Config(**train.parse_flags(argv)))) or train.Config()
+        assert all(type(v) is type(f.default) and v == v and v not in (math.inf, -math.inf)
+                   for f in train.fields(cfg) for v in [getattr(cfg, f.name)])
+    run(parse, st.lists(flags | texts.filter(lambda text: not text.startswith("-h")), max_size=4))
+
+
+def test_fuzz_cut(fuzz):
+    """Catches an example lost or doubled, a budget exceeded, and a loss that depends on the cut."""
+    st, _, run = fuzz
+    model = tiny(dtype=torch.float64)
+    example = st.builds(lambda ids, n: data.Example("t", ids, min(n, len(ids) - 1)),
+                        st.lists(st.integers(0, 100), min_size=2, max_size=40), st.integers(1, 39))
+
+    def cut(examples, budget):
+        batches = unless_refused(data.cut, examples, budget)
+        assert (batches is not None) == (budget >= max(data.padded_length(e, 8) for e in examples))
+        if batches:
+            assert sorted(map(id, examples)) == sorted(id(e) for b in batches for e in b)
+            tensors = [data.collate(b) for b in [*batches, examples]]
+            assert all(x.numel() <= budget for x, *_ in tensors[:-1])
+            *parts, (loss, n) = (model(x, y) for x, y, _ in tensors)
+            assert sum(n for _, n in parts) == n
+            assert torch.isclose(sum(loss for loss, _ in parts), loss, rtol=1e-9)
+    run(cut, st.lists(example, min_size=1, max_size=12), st.integers(1, 300))
 
 
 # ---- Does a run survive whatever happens to it?
@@ -1454,12 +1640,12 @@ def test_damaged_checkpoint_falls_back_on_the_one_before(finished, tmp_path, cap
     newest.write_bytes(damage(newest.read_bytes())) if damage else newest.unlink()
     capsys.readouterr()
     train.main(run_like(finished, tmp_path, "--resume"))
-    warned = f"warning: {newest}: not a readable checkpoint" in capsys.readouterr().out
+    warned = f"warning: {newest}: not a readable file" in capsys.readouterr().out
     assert warned == (damage is not None)
     assert_same_run(finished, tmp_path)
     for path in (newest, before):
         path.write_bytes(zeroed(path.read_bytes()))
-    with pytest.raises(SystemExit, match="previous_checkpoint.pt: not a readable checkpoint"):
+    with pytest.raises(SystemExit, match="previous_checkpoint.pt: not a readable file"):
         train.main(run_like(finished, tmp_path, "--resume"))
 
 
@@ -1478,48 +1664,20 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
     assert refused > 100
 
 
-class Bomb:
-    """What a stranger's pickle may hold: loading it runs code, here one that makes a file."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return open, (str(self.path), "w")
-
-
 @pytest.mark.parametrize("name", ["adapter.pt", "checkpoint.pt", "base.tmp/checkpoint.pt", "pytorch_model.bin"])
-@pytest.mark.parametrize("dump", [torch.save, lambda bomb, path: path.write_bytes(pickle.dumps(bomb))], ids=["zip", "pickle"])
+@pytest.mark.parametrize("dump", [torch.save, lambda code, path: path.write_bytes(pickle.dumps(code))], ids=["zip", "pickle"])
 def test_code_in_a_file_is_refused_and_does_not_run(finished, tmp_path, name, dump):
     """Catches a load without weights_only."""
-    path, fruit = tmp_path / name, tmp_path / "ran"
+    path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    dump({"config": Bomb(fruit)}, path)
-    (torch.load(path, weights_only=False) if dump is torch.save else pickle.loads(path.read_bytes()))
-    assert fruit.exists()                        # it is live
-    fruit.unlink()
+    dump({"config": Code()}, path)
+    with pytest.raises(SystemExit, match="ran"):                                     # so it is real code
+        torch.load(path, weights_only=False) if dump is torch.save else pickle.loads(path.read_bytes())
     (tmp_path / "config.json").write_bytes((finished[0] / "base" / "config.json").read_bytes())
     flags = {"adapter.pt": ["--mode=eval"], "checkpoint.pt": ["--resume"], "base.tmp/checkpoint.pt": SMALL,
              "pytorch_model.bin": ["--mode=eval", "--method=none", f"--init_from={tmp_path}"]}[name]
     with pytest.raises(SystemExit, match=name):
         train.main([f"--out_dir={tmp_path}", *flags])
-    assert not fruit.exists()
-
-
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s["config"].update(rank=3), "lora_A is"), (lambda s: s["config"].update(method="moelora"), "interaction"),
-    (lambda s: s["config"].update(targets=("q_proj",)), "missing"), (lambda s: s["config"].update(rank="2"), "setting rank=2"),
-    (lambda s: s["config"].update(colour="red"), "setting colour=red"), (lambda s: s.pop("fingerprint"), "no fingerprint"),
-    (lambda s: s["parameters"].clear(), "missing"), (lambda s: s.update(fingerprint="0"), "another base"),
-    (lambda s: next(iter(s["parameters"].values())).view(-1)[3:4].fill_(math.nan), "lora_A has numbers that are not finite")])
-def test_adapter_that_does_not_fit_is_refused(finished, tmp_path, change, message):
-    """Catches an adapter of another rank, method, target set or base, put on the model half or not at all."""
-    saved = torch.load(finished[0] / "adapter.pt", weights_only=True)
-    change(saved)
-    run_like(finished, tmp_path)
-    torch.save(saved, tmp_path / "adapter.pt")
-    with pytest.raises(SystemExit, match=message):
-        train.main(["--mode=eval", f"--out_dir={tmp_path}", "--device=cpu"])
 
 
 def test_adapter_that_does_nothing_is_reported(finished, tmp_path, capsys):
@@ -1634,7 +1792,7 @@ def test_unfinished_run_is_not_overwritten(finished, tmp_path):
 
 
 def test_resuming_on_other_rows_is_refused(finished, tmp_path):
-    """Catches a data file that changed between two parts of a run."""
+    """Catches a data file that changed between two parts of a run, and a resumed run that wants its paths again."""
     rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
     flags = REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}/rows.json", f"--out_dir={tmp_path}", "--steps=4"]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
@@ -1643,7 +1801,7 @@ def test_resuming_on_other_rows_is_refused(finished, tmp_path):
     with pytest.raises(SystemExit, match="rows of --data are not those"):
         train.main(flags + ["--resume"])
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert train.main(flags + ["--resume"])["steps"] == 4
+    assert train.main([f"--out_dir={tmp_path}", "--device=cpu", "--resume"])["steps"] == 4
 
 
 def test_deterministic_flag_gives_the_same_bits_here(finished, tmp_path):
@@ -1678,9 +1836,9 @@ def test_thirty_kills_leave_no_trace(tmp_path):
     whole, begun = tmp_path / "whole", time.perf_counter()
     process = start(whole)
     assert process.communicate() and process.returncode == 0
-    seconds, rng, kills, n_runs = time.perf_counter() - begun, random.Random(0), Counter(), 0
+    seconds, rng, kills, n_runs, out = time.perf_counter() - begun, random.Random(0), Counter(), 0, whole
     while sum(kills.values()) < 30 or not (out / "summary.json").exists():
-        if not n_runs or (out / "summary.json").exists():
+        if (out / "summary.json").exists():
             n_runs += 1
             out = tmp_path / f"run {n_runs}"
         process, since = start(out), time.time()

@@ -38,7 +38,6 @@ import sqlite3
 import statistics
 import sys
 import time
-import zipfile
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
@@ -51,8 +50,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama,
-                   rotary_tables, save_llama)
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, plain,
+                   read_json, read_pickle, rotary_tables, save_llama)
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
                       mean_usage, merge, mutual_information, only, parameter_state, published_loop, restricted,
                       shapley_interactions, shapley_values, top)
@@ -142,7 +141,7 @@ PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropo
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
 OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
-OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "init_from", "template")
+OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "template")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "compile", "device",
                   "out_dir")
 
@@ -187,24 +186,34 @@ def check(cfg):
                  "base_batch_size", "base_layers", "base_width", "max_new_tokens", "bench_rounds"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    for name in ("learning_rate", "base_learning_rate", "clip"):
+    for name, value in asdict(cfg).items():
+        if type(value) is int and value >= 2 ** 31:
+            raise InputError(f"--{name} must be below 2147483648, not {value}")
+    for name in ("learning_rate", "base_learning_rate", "clip", "alpha"):
         if not 0 < getattr(cfg, name) < math.inf:
             raise InputError(f"--{name} must be positive, not {getattr(cfg, name)}")
     for name in ("dropout", "warmup", "val_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise InputError(f"--{name} must lie in [0, 1), not {getattr(cfg, name)}")
-    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every", "stop_after", "bench_layers"):
+    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every", "stop_after", "bench_layers",
+                 "seed", "base_seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise InputError(f"--{name} must not be negative, not {getattr(cfg, name)}")
-    if cfg.max_tokens < cfg.max_length:
-        raise InputError(f"--max_tokens={cfg.max_tokens} cannot hold a row of --max_length={cfg.max_length}; lower that too")
+    needed = data.padded_length(data.Example("", range(cfg.max_length), 0), 8)
+    if cfg.max_tokens < needed:
+        raise InputError(f"--max_tokens={cfg.max_tokens} cannot hold a row of --max_length={cfg.max_length}, "
+                         f"which padding makes {needed}; lower that too")
+    if cfg.max_tokens < 512 and cfg.mode != "bench" and not (cfg.init_from and cfg.data):
+        raise InputError(f"--max_tokens={cfg.max_tokens} cannot hold the built-in texts; give at least 512")
+    if not cfg.out_dir or Path(cfg.out_dir).is_file():
+        raise InputError(f"--out_dir must be a folder, not '{cfg.out_dir}'")
     if cfg.base_width % 32:
         raise InputError(f"--base_width must be a multiple of 32, not {cfg.base_width}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to run on the CPU")
     for name in ("seeds", "learning_rates"):
-        if len(set(getattr(cfg, name))) < len(getattr(cfg, name)) or not all(0 <= x < math.inf for x in getattr(cfg, name)):
-            raise InputError(f"--{name} must be distinct and not negative, not {getattr(cfg, name)}")
+        if len(set(getattr(cfg, name))) < len(getattr(cfg, name)) or not all(0 <= x < 2 ** 31 for x in getattr(cfg, name)):
+            raise InputError(f"--{name} must be distinct, from 0 to 2147483647, not {getattr(cfg, name)}")
     if cfg.mode == "train" and cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
     if bool(cfg.export) != (cfg.mode == "export"):
@@ -593,28 +602,20 @@ def read_checkpoint(path):
 
 
 def read_saved(path, *more):
-    """A checkpoint or adapter file, which must also hold `more`. Only tensors and plain values are read; code inside is
-    refused. Settings that the file does not know have their defaults."""
+    """A checkpoint or adapter file, which must also hold `more`. Settings that the file does not know have their defaults."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train first, or point --out_dir to where it lies")
+    saved, default = read_pickle(path), asdict(Config())
     try:
-        with zipfile.ZipFile(path) as archive:   # torch.save leaves a checksum per tensor, torch.load never looks at it
-            if damaged := archive.testzip():
-                raise ValueError(f"{damaged} fails its checksum")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved["config"]["targets"] = tuple(saved["config"]["targets"])
-        for key, value in saved["config"].items():
-            if type(value) is not type(getattr(Config, key, None)):
-                raise ValueError(f"its setting {key}={value} is not one of this program's")
-        if missing := {"parameters", "fingerprint", *more} - saved.keys():
-            raise ValueError(f"it has no {', '.join(sorted(missing))}")
-        for key, value in saved["parameters"].items():
-            if not value.isfinite().all():
-                raise ValueError(f"{key} has numbers that are not finite")
-    except Exception as e:                       # torch raises anything from RuntimeError to UnpicklingError here
-        raise InputError(f"{path}: not a readable checkpoint or adapter ({str(e).splitlines()[0]}); delete it "
-                         "or put a good copy there") from None
-    return saved | {"config": {f.name: f.default for f in fields(Config)} | saved["config"]}
+        config = default | saved["config"] | {"targets": tuple(saved["config"]["targets"])}
+        odd = [k for k in config if k not in default or type(config[k]) is not type(default[k])]
+        odd += [k for k in ("fingerprint", "parameters", *more) if k not in saved]
+        odd += [k for k, t in saved["parameters"].items() if not plain(k, t) or not t.isfinite().all()]
+    except (LookupError, TypeError, AttributeError) as e:
+        odd = [e]
+    if odd:
+        raise InputError(f"{path}: not written by train.py: {odd[0]} is missing, unknown, of another type or not finite")
+    return saved | {"config": config}
 
 
 class Log:
@@ -692,6 +693,11 @@ def compose(given):
         fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
         if fixed and saved["config"][name] != value:
             raise InputError(f"--{name}={value} contradicts {path}, which was made with {saved['config'][name]}")
+    if cfg.mode != "train":                      # an adapter may be a stranger's: no path in it is followed
+        for name in ("init_from", "data", "val_data")[:3 if cfg.mode in ("eval", "shapley") else 1]:
+            if name not in given and saved["config"][name]:
+                raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
+                                 "too, for no path in a file is followed")
     return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in OF_CALL})), saved
 
 
@@ -699,7 +705,9 @@ def compose(given):
 
 def adapter_content(cfg, base, model):
     """What an adapter file holds; the same bytes wherever and in however many calls it was made."""
-    config = {k: v for k, v in asdict(cfg).items() if k not in OF_CALL}
+    def one(v):                                  # pickle refers back to the same object, not to an equal one
+        return sys.intern(v) if isinstance(v, str) else tuple(map(one, v)) if isinstance(v, tuple) else v
+    config = {k: one(v) for k, v in asdict(cfg).items() if k not in OF_CALL}
     return {"config": config, "fingerprint": base, "parameters": parameter_state(trained(model))}
 
 
@@ -714,7 +722,7 @@ def make_base(cfg, device):
     corpus = data.corpus(cfg.base_seed)
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.startswith("base_")}
     recipe["corpus"] = data.digest(corpus(i).output for i in range(0, 2 * data.N_LESSONS, 100))
-    if (folder / "made_from.json").is_file() and json.loads((folder / "made_from.json").read_text()) == recipe:
+    if (folder / "made_from.json").is_file() and read_json(folder / "made_from.json") == recipe:
         print(f"base: {folder}, made before")
         return
     temporary = Path(f"{folder}.tmp")
@@ -772,7 +780,13 @@ def read_data(cfg):
     if not cfg.data:
         return None
     rows = data.read_rows(cfg.data)
-    return (rows, data.read_rows(cfg.val_data)) if cfg.val_data else data.hold_out(rows, cfg.val_share)
+    if not cfg.val_data:
+        return data.hold_out(rows, cfg.val_share)
+    val, prompts = data.read_rows(cfg.val_data), {(r.instruction, r.input) for r in rows}
+    if shared := sum((r.instruction, r.input) in prompts for r in val):
+        print(f"{shared} of {len(val)} validation rows ask what a training row asks; without --val_data they "
+              "would stay together")
+    return rows, val
 
 
 def encode_data(cfg, tokenizer, rows, held_out="test"):
@@ -788,6 +802,10 @@ def encode_data(cfg, tokenizer, rows, held_out="test"):
         examples = split.setdefault(e.task, [])
         if not cfg.val_examples or len(examples) < cfg.val_examples:
             examples.append(e)
+    tasks = {r.task for part in rows for r in part}
+    for name, left in (("training", {e.task for e in train}), ("validation", split.keys())):
+        if tasks - left:
+            print(f"no {name} row is left of: {', '.join(sorted(tasks - left))}")
     return data.shuffled(train, cfg.seed), split, {}
 
 
@@ -948,10 +966,14 @@ def run_sample(cfg, saved):
     if not cfg.prompt:
         print("one question a line; end of input (Ctrl-D) ends", file=sys.stderr)
     for text in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
+        if wrong := data.fault("prompt", text, not cfg.prompt):
+            raise InputError(f"the prompt {wrong}")
         # the bare base continues the text, unless a template of its own is named; an adapter answers it
         ids = tokenizer.prefix + tokenizer.encode(text) if cfg.method == "none" and cfg.template == "paper" else (
             data.encode(tokenizer, data.Row("sample", text, "", "")).ids[:-1])
-        if text:
+        if text.strip():
+            if not 0 < len(ids) <= cfg.max_length:
+                raise InputError(f"the prompt has {len(ids)} tokens; give 1 to {cfg.max_length}, or raise --max_length")
             answers(model, tokenizer, [ids], cfg, cfg.max_new_tokens, printer(tokenizer, model.config.eos_token_id))
             print()
 
@@ -1345,7 +1367,7 @@ def run_compare(cfg, _):
             raise InputError(f"--methods: '{name}' is none of {', '.join(possible)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock(path.parent.resolve())
-    done = {r["settings"]: r for r in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
+    done = {r["settings"]: r for _, r in data.read_objects(path)} if path.is_file() else {}
 
     def run(name, learning_rate, seed):
         one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed, **possible[name])
@@ -1562,8 +1584,9 @@ def main(argv=None):
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(cfg.deterministic)
         return MODES[cfg.mode](cfg, saved)
-    except (InputError, OSError) as e:
-        sys.exit(f"error: {e}")
+    except (InputError, OSError, UnicodeDecodeError) as e:
+        # names from files may hold line ends and terminal codes
+        sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(e))[:1000])
     except torch.OutOfMemoryError as e:
         sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add --checkpointing; a run "
                  "that was training continues with the same flags, these changed, and --resume")
