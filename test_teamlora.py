@@ -2021,7 +2021,9 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
     """Catches a rate chosen on test questions, a best rate at the edge left there, and finished runs made again."""
     (tmp_path / "base").symlink_to(finished[0] / "base")
     flags = SMALL + ["--mode=compare", f"--out_dir={tmp_path}", "--steps=2", "--seeds=0,1"]
-    table = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2"])
+    table = train.main(flags + ["--methods=none,lora,teamlora", "--learning_rates=1e-3,1e-2"])
+    bare = train.main(["--mode=eval", "--method=none", "--val_examples=3", f"--out_dir={finished[0]}", "--device=cpu"])
+    assert table.pop("none")[0]["accuracy"] == {t: r["accuracy"] for t, r in bare.items()}
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
     for name, chosen in table.items():
         sweep = [r for r in rows if r["variant"] == name and r["seed"] == 0]
@@ -2036,7 +2038,7 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
     before = (tmp_path / "compare.jsonl").read_text()
     again = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2"])
     assert again == table and (tmp_path / "compare.jsonl").read_text() == before
-    with pytest.raises(SystemExit, match="error: --methods: 'nonsense' is none of lora,"):
+    with pytest.raises(SystemExit, match="error: --methods: 'nonsense' is none of none, lora,"):
         train.main(flags + ["--methods=nonsense"])
 
 

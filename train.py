@@ -106,7 +106,7 @@ class Config:
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
-    methods: tuple = flag(("lora", "moelora", "hydralora", "teamlora", "full"), "of --mode=compare: what to compare; "
+    methods: tuple = flag(("none", "lora", "moelora", "hydralora", "teamlora", "full"), "of --mode=compare: what to compare; "
                           "all: with the ablations and other sizes")
     seeds: tuple = flag((0, 1, 2, 3, 4), "of --mode=compare: seeds; the learning rate is chosen with the first")
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
@@ -1299,7 +1299,7 @@ def variants(cfg, model_config):
 
     r, E = cfg.rank, cfg.n_experts
     hydra, lora = matched("hydralora", E), matched("lora", 1)
-    result = {"lora": lora, "moelora": {"method": "moelora"}, "hydralora": hydra, "teamlora": {"method": "teamlora"},
+    result = {"none": {"method": "none"}, "lora": lora, "moelora": {"method": "moelora"}, "hydralora": hydra, "teamlora": {"method": "teamlora"},
               "full": {"method": "full"},
               "moelora_sum_E": {"method": "moelora", "alpha": E * cfg.alpha},
               "teamlora_sum_1": {"method": "teamlora", "alpha": cfg.alpha / E},
@@ -1336,7 +1336,8 @@ def train_variant(cfg, name, rows):
     stream, validation, _ = encode_data(cfg, tokenizer, train_rows, "validation")
     _, test, _ = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
     torch.manual_seed(cfg.seed)
-    totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
+    totals = {"seconds": 0.0} if cfg.method == "none" else fit(
+        model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
     results = evaluate(model, test, cfg.max_tokens, "test")
     chosen_by = evaluate(model, validation, cfg.max_tokens, "validation")
     row = {"method": cfg.method, "variant": name, "seed": cfg.seed, "learning_rate": cfg.learning_rate, "steps": cfg.steps,
@@ -1345,7 +1346,7 @@ def train_variant(cfg, name, rows):
            "mean_accuracy": mean(r["accuracy"] for r in results.values()), "val_loss": val_loss(chosen_by),
            "val_accuracy": mean(r["accuracy"] for r in chosen_by.values()), "test_loss": val_loss(results),
            "expert_usage": {t: r["usage"] for t, r in results.items()}}
-    if cfg.method not in ("full", "lora") and cfg.n_experts > 1:
+    if cfg.method not in ("none", "lora", "full") and cfg.n_experts > 1:
         row |= expert_statistics(model, results, test, cfg.max_tokens)
     return row
 
@@ -1381,6 +1382,9 @@ def run_compare(cfg, _):
 
     table = {}
     for name in names:
+        if name == "none":                       # the frozen base: nothing to choose and nothing random
+            table[name] = [run(name, 0.0, cfg.seeds[0])]
+            continue
         rates = sorted(cfg.learning_rates)
         sweep = {rate: run(name, rate, cfg.seeds[0]) for rate in rates}
         while len(rates) > 1:                    # a best value at the edge says little about the best value
