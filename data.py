@@ -1,16 +1,17 @@
 """Text in, batches out: the built-in tasks, instruction files, tokenizers, batching. Knows nothing of models.
 
-The idea: every source of text is a stream, a function i -> Row, pure in its index. Step s takes rows s*n .. s*n+n-1,
-so the order of the data is a function of (seed, s), and resuming needs no state. Below it, a step's examples are
-cut into micro-batches under a token budget, which changes memory and never the result.
+The idea: every source of text is a stream, a function i -> Row, pure in its index. Step s takes rows s*n ..
+s*n+n-1, so the order of the data is a function of (seed, s), and resuming needs no state. Below it, a step's
+examples are cut into micro-batches under a token budget, which changes memory and never the result.
 
-MiniCME, the built-in benchmark: eleven small generated tasks, one for each family of tasks in the paper's CME, about
-one small world of people, towns, animals and tools. `corpus` tells of the same world in plain statements; the small
-base model is made from it. No text is downloaded.
+MiniCME, the built-in benchmark: eleven small generated tasks, one for each family of tasks in the paper's
+CME, about one small world of people, towns, animals and tools. `corpus` tells of the same world in plain
+statements; the small base model is made from it. No text is downloaded.
 
 What may surprise:
-- A question belongs to training, validation or the test split by its hash, under any seed. The base corpus is kept off
-  the test questions too. Closed-book tasks ask facts that the base has read, in words that no training question used.
+- A question belongs to training, validation or the test split by its hash, under any seed. The base corpus is
+  kept off the test questions too. Closed-book tasks ask facts that the base has read, in words that no
+  training question used.
 - Prompt and answer are tokenised apart, and end-of-sequence is an id: sentencepiece never makes it of text.
 - Padding is masked by length, not by id: with pad = end-of-sequence a model would never learn to stop.
 
@@ -67,16 +68,19 @@ KINDS = {"bird": ("robin owl swan crow eagle finch", "feathers", "in a nest", "f
          "tree": ("oak pine birch maple willow elm", "bark", "in a forest", "grow tall"),
          "flower": ("rose tulip daisy lily poppy violet", "petals", "in a meadow", "bloom")}
 KIND_OF = {name: kind for kind, (names, *_) in KINDS.items() for name in names.split()}
-TOOLS = {"knife": "cut the bread", "key": "open the door", "umbrella": "stay dry in the rain", "broom": "sweep the floor",
-         "needle": "sew a shirt", "pen": "write a letter", "hammer": "hit a nail", "spade": "dig a hole",
-         "towel": "dry the dishes", "match": "light a fire", "kettle": "boil water", "ladder": "reach the roof",
-         "net": "catch a butterfly", "comb": "tidy the hair", "rope": "tie the boat", "brush": "paint the wall"}
+TOOLS = {"knife": "cut the bread", "key": "open the door", "umbrella": "stay dry in the rain",
+         "broom": "sweep the floor", "needle": "sew a shirt", "pen": "write a letter", "hammer": "hit a nail",
+         "spade": "dig a hole", "towel": "dry the dishes", "match": "light a fire", "kettle": "boil water",
+         "ladder": "reach the roof", "net": "catch a butterfly", "comb": "tidy the hair",
+         "rope": "tie the boat", "brush": "paint the wall"}
 GOOD = "great lovely tasty pleasant superb charming perfect fine".split()
 BAD = "awful boring dirty terrible dull ugly nasty poor".split()
 THINGS = "meal room film song show trip party view".split()
-VERBS = {"bought": "purchased", "found": "discovered", "fixed": "repaired", "sold": "traded", "made": "created"}
-REASONS = {"thanked": ("had helped", 1), "praised": ("had won", 1), "blamed": ("had lied", 1),      # the second did it
-           "called": ("needed help", 0), "left": ("was tired", 0), "visited": ("felt lonely", 0)}   # the first did
+VERBS = {"bought": "purchased", "found": "discovered", "fixed": "repaired", "sold": "traded",
+         "made": "created"}
+# verb -> (reason, whose: 0 of who did it, 1 of whom it was done to)
+REASONS = {"thanked": ("had helped", 1), "praised": ("had won", 1), "blamed": ("had lied", 1),
+           "called": ("needed help", 0), "left": ("was tired", 0), "visited": ("felt lonely", 0)}
 WORDS = PEOPLE + TOWNS + COUNTRIES + PLACES + OBJECTS + COLOURS + GOODS + list(KIND_OF)
 
 
@@ -90,7 +94,8 @@ def pronoun(person):
 
 # subject -> attribute -> answer
 _facts = random.Random("the world of MiniCME")
-LIVES = {p: {"town": _facts.choice(TOWNS), "pet": _facts.choice("cat dog parrot turtle rabbit horse goose pony".split()),
+LIVES = {p: {"town": _facts.choice(TOWNS),
+             "pet": _facts.choice("cat dog parrot turtle rabbit horse goose pony".split()),
              "job": _facts.choice("baker teacher doctor farmer singer painter sailor judge".split()),
              "dish": _facts.choice("soup rice cake salad cheese pasta stew pie".split())} for p in PEOPLE}
 LANDS = {c: {"capital": town, "product": _facts.choice(GOODS), "flag": _facts.choice(COLOURS)}
@@ -100,22 +105,30 @@ NATURE = {article(name): dict(zip(("kind", "has", "home", "can"), (article(kind)
 
 # attribute -> (wordings of the statement, wordings of the question); {s} is the subject, {a} the answer
 WORDINGS = {
-    "town": ("{s} lives in {a}.|The home town of {s} is {a}.|{a} is the home of {s}.|The town in which {s} lives is {a}.",
-             "Where does {s} live?|What is the home town of {s}?|In which town does {s} live?|Name the town of {s}.|"
+    "town": ("{s} lives in {a}.|The home town of {s} is {a}.|{a} is the home of {s}.|"
+             "The town in which {s} lives is {a}.",
+             "Where does {s} live?|What is the home town of {s}?|In which town does {s} live?|"
+             "Name the town of {s}.|"
              "Which town is the home of {s}?"),
     "job": ("{s} works as a {a}.|The job of {s} is {a}.|{s} is a {a}.|The work that {s} has is {a}.",
             "What is the job of {s}?|What does {s} work as?|What is the work of {s}?|Name the job of {s}.|"
             "Which job does {s} have?"),
-    "pet": ("{s} keeps a {a}.|The pet of {s} is a {a}.|The animal {s} keeps at home is a {a}.|The pet {s} has got is a {a}.",
-            "Which pet does {s} keep?|What is the pet of {s}?|Which animal does {s} keep at home?|Name the pet of {s}.|"
+    "pet": ("{s} keeps a {a}.|The pet of {s} is a {a}.|The animal {s} keeps at home is a {a}.|"
+            "The pet {s} has got is a {a}.",
+            "Which pet does {s} keep?|What is the pet of {s}?|Which animal does {s} keep at home?|"
+            "Name the pet of {s}.|"
             "What pet has {s} got?"),
-    "dish": ("{s} likes to eat {a}.|The best dish for {s} is {a}.|The food {s} likes is {a}.|The dish {s} likes to eat is {a}.",
-             "What does {s} like to eat?|What is the best dish for {s}?|Which dish does {s} like?|Name the dish of {s}.|"
+    "dish": ("{s} likes to eat {a}.|The best dish for {s} is {a}.|The food {s} likes is {a}.|"
+             "The dish {s} likes to eat is {a}.",
+             "What does {s} like to eat?|What is the best dish for {s}?|Which dish does {s} like?|"
+             "Name the dish of {s}.|"
              "Which food does {s} like to eat?"),
     "capital": ("The capital of {s} is {a}.|{a} is the capital of {s}.|The main town of {s} is {a}.",
                 "The capital of {s}?|The main town of {s}?"),
-    "product": ("The product of {s} is {a}.|{s} sells {a}.|What {s} sells is {a}.", "The product of {s}?|What {s} sells?"),
-    "flag": ("The flag of {s} is {a}.|The colour of {s} is {a}.|{s} has a {a} flag.", "The flag of {s}?|The colour of {s}?"),
+    "product": ("The product of {s} is {a}.|{s} sells {a}.|What {s} sells is {a}.",
+                "The product of {s}?|What {s} sells?"),
+    "flag": ("The flag of {s} is {a}.|The colour of {s} is {a}.|{s} has a {a} flag.",
+             "The flag of {s}?|The colour of {s}?"),
     "kind": ("{s} is {a}.|The kind {s} belongs to is {a}.|The kind of {s} is {a}.",
              "What is {s}?|What kind of thing is {s}?|Which kind does {s} belong to?|Name the kind of {s}."),
     "has": ("{s} has {a}.|We find {a} on {s}.|What {s} has got is {a}.",
@@ -146,7 +159,7 @@ def question(rng, world):
 
 
 def opinion(rng):
-    """A review of two clauses and whether it is good; 'not' turns a word round, and after 'but' the last clause decides."""
+    """A review of two clauses and whether it is good: 'not' turns a word round, 'but' lets the last win."""
     def clause(good, thing):
         negated = rng.random() < 0.3
         return f"the {thing} was {'not ' * negated}{rng.choice(GOOD if good != negated else BAD)}"
@@ -167,8 +180,8 @@ def scene(rng, n=3):
 
 def tell(rng, p, relation, what):
     """A fact of a scene as a sentence without its full stop."""
-    return say(rng, {"in": "{p} is in the {w}|{p} stands in the {w}", "has": "{p} has the {w}|{p} holds the {w}"}[relation],
-               p=p, w=what)
+    wordings = {"in": "{p} is in the {w}|{p} stands in the {w}", "has": "{p} has the {w}|{p} holds the {w}"}
+    return say(rng, wordings[relation], p=p, w=what)
 
 
 def tell_all(rng, facts):
@@ -176,7 +189,7 @@ def tell_all(rng, facts):
 
 
 def claim(rng, facts):
-    """A claim about a scene that is true ('yes'), false ('no') or about somebody it does not tell of ('maybe')."""
+    """A claim about a scene that is true ('yes'), false ('no') or about somebody not in it ('maybe')."""
     label, (p, relation, what) = rng.choice(("yes", "no", "maybe")), rng.choice(facts)
     if label == "no":
         same = [f[2] for f in facts if f[1] == relation and f[2] != what]
@@ -198,7 +211,8 @@ def event(rng):
 
 def report(rng, e):
     """The event in one of two wordings, its verb as it is or as a synonym."""
-    return say(rng, "{p} {v} the {o}.|It was {p} who {v} the {o}.", **{**e, "v": rng.choice((e["v"], VERBS[e["v"]]))})
+    verb = rng.choice((e["v"], VERBS[e["v"]]))
+    return say(rng, "{p} {v} the {o}.|It was {p} who {v} the {o}.", **{**e, "v": verb})
 
 
 def twist(rng, e):
@@ -213,7 +227,7 @@ def paraphrase(rng):
 
 
 def sighting(rng):
-    """(person, animal or plant) that was seen, and a function that makes a claim: (person, kind, whether it follows)."""
+    """(person, animal or plant) that was seen, and a function that makes claims: (person, kind, is it so)."""
     p, name = rng.choice(PEOPLE), rng.choice(list(KIND_OF))
 
     def claimed():
@@ -226,18 +240,20 @@ def sighting(rng):
 def entailment(rng):
     p, name, claimed = sighting(rng)
     q, kind, label = claimed()
-    text = say(rng, "{p} saw {a} in the {l}.|In the {l} {p} saw {a}.", p=p, a=article(name), l=rng.choice(PLACES))
+    text = say(rng, "{p} saw {a} in the {l}.|In the {l} {p} saw {a}.",
+               p=p, a=article(name), l=rng.choice(PLACES))
     return f"{text}\n{q} saw {article(kind)}.", label
 
 
 def summarisation(rng):
     e = event(rng)
-    e |= {"l": rng.choice(PLACES), "q": other(rng, PEOPLE, e["p"]), "s": pronoun(e["p"]), "d": rng.choice(COLOURS), "w": rng.choice(THINGS),
-          "g": rng.choice(GOOD)}
+    e |= {"l": rng.choice(PLACES), "q": other(rng, PEOPLE, e["p"]), "s": pronoun(e["p"]),
+          "d": rng.choice(COLOURS), "w": rng.choice(THINGS), "g": rng.choice(GOOD)}
     return " ".join((say(rng, "{p} went to the {l}.|{p} was in the {l} that day.", **e),
                      say(rng, "{q} told {p} about a {w}.|The {w} there was {g}.|{q} wore a {d} coat.", **e),
                      say(rng, "Then {s} {v} the {o}.|There {s} {v} the {o}.", **e),
-                     say(rng, "{q} went home.|It was a {g} day.|Later {s} met {q}.", **e))), "{p} {v} the {o} in the {l}.".format(**e)
+                     say(rng, "{q} went home.|It was a {g} day.|Later {s} met {q}.", **e)
+                     )), "{p} {v} the {o} in the {l}.".format(**e)
 
 
 def need(rng):
@@ -254,7 +270,7 @@ def commonsense(rng):
 
 
 def situation(rng):
-    """A scene of three people, a question about it, the same in words that fit after 'asked', and its answer."""
+    """A scene of three people, a question about it, the same as it stands after 'asked', and its answer."""
     facts = scene(rng)
     p, relation, what = rng.choice(facts)
     if rng.random() < 0.5:
@@ -271,11 +287,12 @@ def reading(rng):
 
 
 def choices(rng):
-    """A question about a country with three choices: (question, the choices, the right letter, the right answer)."""
+    """A question about a country with three choices: (question, choices, right letter, right answer)."""
     asked, right, attribute = question(rng, LANDS)
     pool = {"capital": TOWNS, "product": GOODS, "flag": COLOURS}[attribute]
     options = rng.sample([right] + rng.sample([x for x in pool if x != right], 2), 3)
-    return asked, " ".join(f"({letter}) {x}" for letter, x in zip("ABC", options)), "ABC"[options.index(right)], right
+    listed = " ".join(f"({letter}) {x}" for letter, x in zip("ABC", options))
+    return asked, listed, "ABC"[options.index(right)], right
 
 
 def knowledge(rng):
@@ -284,7 +301,7 @@ def knowledge(rng):
 
 
 def reason(rng):
-    """A sentence with a pronoun, what that person did, and who it is: gender tells or, if both share it, the verb."""
+    """A sentence with a pronoun, what that person did, and who it is: gender tells or, if equal, the verb."""
     verb = rng.choice(list(REASONS))
     why, index = REASONS[verb]
     pair = rng.sample(PEOPLE, 2)
@@ -298,13 +315,18 @@ def coreference(rng):
 
 # name -> (function, chance of a guess among the possible answers, wordings of the instruction)
 TASKS = {
-    "sentiment": (sentiment, 1 / 2, "Is this review positive or negative?|Tell if the review is positive or negative."),
-    "inference": (inference, 1 / 3, "Answer with yes, no or maybe.|Read the text and decide: yes, no or maybe?"),
-    "paraphrase": (paraphrase, 1 / 2, "Do the two sentences say the same?|Compare the two sentences: same or different?"),
-    "entailment": (entailment, 1 / 2, "Is the second sentence true?|Decide if the second sentence is true or false."),
+    "sentiment": (sentiment, 1 / 2,
+                  "Is this review positive or negative?|Tell if the review is positive or negative."),
+    "inference": (inference, 1 / 3,
+                  "Answer with yes, no or maybe.|Read the text and decide: yes, no or maybe?"),
+    "paraphrase": (paraphrase, 1 / 2,
+                   "Do the two sentences say the same?|Compare the two sentences: same or different?"),
+    "entailment": (entailment, 1 / 2,
+                   "Is the second sentence true?|Decide if the second sentence is true or false."),
     "summarisation": (summarisation, 0.0, "Sum up the story in one sentence.|Tell the story in short."),
     "commonsense": (commonsense, 1 / 3, "Choose the right tool.|Which of these tools is right?"),
-    "science": (lambda rng: question(rng, NATURE)[:2], 1 / 6, "Answer the question about nature.|Tell a fact about nature."),
+    "science": (lambda rng: question(rng, NATURE)[:2], 1 / 6,
+                "Answer the question about nature.|Tell a fact about nature."),
     "openqa": (lambda rng: question(rng, LIVES)[:2], 1 / 8, "Answer the question.|Tell in one word."),
     "reading": (reading, 1 / 3, "Read the text and answer the question.|Find the answer in the text."),
     "knowledge": (knowledge, 1 / 3, "Choose the letter of the right answer.|Which letter is right?"),
@@ -314,7 +336,7 @@ CHANCE = {task: chance for task, (_, chance, _) in TASKS.items()}
 
 
 def split_of(asked):
-    """The split a question belongs to, by its hash: one in five is for the test, one in ten for validation."""
+    """The split a question belongs to, by its hash: one in five for the test, one in ten for validation."""
     byte = hashlib.sha256(asked.encode()).digest()[0]
     return "test" if byte < 51 else "validation" if byte < 77 else "training"
 
@@ -335,7 +357,7 @@ def minicme(seed):
 
 
 def minicme_held_out(split, n=100):
-    """A held-out split: task -> n distinct questions, or fewer where a task has fewer. Independent of any seed."""
+    """A held-out split: task -> n distinct questions, or as many as a task has. Independent of any seed."""
     held_out = {}
     for task in TASKS:
         rng, rows = random.Random(f"{split} {task}"), {}
@@ -347,8 +369,10 @@ def minicme_held_out(split, n=100):
     return held_out
 
 
-# ---- The base corpus: paragraphs of plain statements about that world, rng -> (text, *the questions that it answers),
-# of which `corpus` draws another when a question is a test question
+# ---- The base corpus: paragraphs of plain statements about that world
+
+# rng -> (text, *the questions that it answers), of which `corpus` draws another when one is a test question
+
 
 def about_facts(rng):
     world = rng.choice((LIVES, LIVES, LANDS, NATURE, NATURE))
@@ -359,13 +383,13 @@ def about_facts(rng):
 
 
 def about_choices(rng):
-    """A list with letters, then things and their letters, with more and more words in between, or a question."""
+    """A list with letters, then things and their letters, ever more words in between, or a question."""
     style = rng.randrange(4)
     if style == 3:
         asked, listed, letter, right = choices(rng)
-        return say(rng, "{q} {l}. It is {r}, so the answer is {x}.|{p} read {l}. {q} The answer is {x}, that is {r}.|"
-                   "{q} {l}. The right letter is {x}.", p=rng.choice(PEOPLE), q=asked, l=listed, x=letter, r=right
-                   ), f"{asked} {listed}"
+        return say(rng, "{q} {l}. It is {r}, so the answer is {x}.|"
+                   "{p} read {l}. {q} The answer is {x}, that is {r}.|{q} {l}. The right letter is {x}.",
+                   p=rng.choice(PEOPLE), q=asked, l=listed, x=letter, r=right), f"{asked} {listed}"
     words = dict(zip(rng.sample(rng.choice((TOWNS, GOODS, COLOURS)), 3), "ABC"))
     return " ".join(f"({x}) {w}" for w, x in words.items()) + ". " + " ".join(
         ("{w} {x}.", "{w} is {x}.", "It is {w}, so the answer is {x}.")[style].format(w=w, x=words[w])
@@ -373,15 +397,18 @@ def about_choices(rng):
 
 
 def about_tools(rng):
-    return say(rng, "{p} used the {t} to {g}.|To {g}, {p} needs the {t}.|{p} wants to {g}, so {s} should use the {t}.|"
+    return say(rng, "{p} used the {t} to {g}.|To {g}, {p} needs the {t}.|"
+               "{p} wants to {g}, so {s} should use the {t}.|"
                "{p} wants to {g}. There were the {a}, the {b} and the {c}. {s} took the {t}.|"
                "To {g}, does one need the {a}, the {b} or the {c}? The right tool is the {t}.", **need(rng)),
 
 
 def about_opinions(rng):
     text, good = opinion(rng)
-    return text + " " + say(rng, "So {p} was {m}.|It was a {n} review.|{p} told a {n} story about it.", p=rng.choice(PEOPLE),
-                            m=rng.choice(("glad", "happy") if good else ("sad", "angry")), n="positive" if good else "negative"), text
+    return text + " " + say(rng, "So {p} was {m}.|It was a {n} review.|{p} told a {n} story about it.",
+                            p=rng.choice(PEOPLE),
+                            m=rng.choice(("glad", "happy") if good else ("sad", "angry")),
+                            n="positive" if good else "negative"), text
 
 
 def about_scenes(rng):
@@ -390,18 +417,20 @@ def about_scenes(rng):
     lines = [say(rng, "{q} asked {w}. The answer was {a}.|Then we know {w}: {a}.", q=q, w=asked, a=answer),
              tell(rng, *rng.choice(facts)) + "."]
     for c, label in (claim(rng, facts) for _ in range(4)):
-        lines.append(say(rng, "{q} asked if {c}. The answer was {l}.|Does it say that {c}? {l}.|{c}? {l}.", q=q, c=tell(rng, *c),
-                         l=label))
+        lines.append(say(rng, "{q} asked if {c}. The answer was {l}.|Does it say that {c}? {l}.|{c}? {l}.",
+                         q=q, c=tell(rng, *c), l=label))
     return text + rng.choice(" \n") + " ".join(rng.sample(lines, 4)), f"{text}\n{direct}"
 
 
 def about_sameness(rng):
-    """Words, verbs with their synonyms, then events in few words or in full, and whether the next one says the same."""
+    """Words, verbs with synonyms, then events in few words or in full, and whether the next says the same."""
     style = rng.choice((0, 1, 2, 2))             # half of the last are drawn again
     if style == 0:
         pairs = [(w, w) if rng.random() < 0.5 else rng.sample(WORDS, 2) for w in rng.sample(WORDS, 3)]
-        pairs += [(v, VERBS[v if rng.random() < 0.5 else other(rng, VERBS, v)]) for v in rng.sample(list(VERBS), 3)]
-        return " ".join(f"{a} {b} {'same' if a == b or VERBS.get(a) == b else 'different'}." for a, b in pairs),
+        pairs += [(v, VERBS[v if rng.random() < 0.5 else other(rng, VERBS, v)])
+                  for v in rng.sample(list(VERBS), 3)]
+        return " ".join(f"{a} {b} {'same' if a == b or VERBS.get(a) == b else 'different'}."
+                        for a, b in pairs),
 
     def told(e):
         return f"{e['p']} {rng.choice((e['v'], VERBS[e['v']]))} {e['o']}." if style == 1 else report(rng, e)
@@ -418,12 +447,14 @@ def about_sightings(rng):
     style, lines, asked = rng.choice((0, 1, 2, 2)), [], []       # half of the last are drawn again
     for _ in range((6, 3, 1)[style]):
         p, name, claimed = sighting(rng)
-        lines.append(("", f"{p} {name}.", say(rng, "{p} saw {a} in the {l}.|In the {l} {p} saw {a}.", p=p, a=article(name),
-                                              l=rng.choice(PLACES)))[style])
+        text = say(rng, "{p} saw {a} in the {l}.|In the {l} {p} saw {a}.",
+                   p=p, a=article(name), l=rng.choice(PLACES))
+        lines.append(("", f"{p} {name}.", text)[style])
         for q, kind, label in (claimed() for _ in range((1, 2, 3)[style])):
             if style == 0:
                 label = "true" if kind == KIND_OF[name] else "false"
-            lines.append((f"{name} {kind} {label}.", f"{q} {kind} {label}.", f"{q} saw {article(kind)}. This is {label}.")[style])
+            lines.append((f"{name} {kind} {label}.", f"{q} {kind} {label}.",
+                          f"{q} saw {article(kind)}. This is {label}.")[style])
             asked.append(f"{lines[0]}\n{q} saw {article(kind)}.")
     return " ".join(filter(None, lines)), *asked
 
@@ -436,19 +467,23 @@ def about_stories(rng):
 def about_reasons(rng):
     text, why, who = reason(rng)
     return text + rng.choice(" \n") + say(rng, "The one who {why} was {who}.|Who {why}? The name is {who}.|"
-                                          "The sentence is about {who}, who {why}.", why=why, who=who), f"{text}\nWho {why}?"
+                                          "The sentence is about {who}, who {why}.",
+                                          why=why, who=who), f"{text}\nWho {why}?"
 
 
 def about_talk(rng):
     p, q = rng.sample(PEOPLE, 2)
     do = rng.choice("read,tell,choose,decide,compare,find,name,answer,sum up,do".split(","))
-    return say(rng, "{p} asked {q} to {do} the {w}.|{q} had to {do} the {w} with {p}.|{p} can {do} the second {w} and {q} the "
+    return say(rng, "{p} asked {q} to {do} the {w}.|{q} had to {do} the {w} with {p}.|"
+               "{p} can {do} the second {w} and {q} the "
                "first.|Whom did {q} ask about the {w}? {p} did.|Which of these tools does {q} need?|"
                "{Do} the {w}, said {p}. Should {q} {do} it?|Is this the {w}? Where is it? Name it, said {q}.|"
                "{Do} it, {p}, said {q}.|Does it belong to {p}? Then {q} did find it.", p=p, q=q,
                do=do, Do=do.capitalize(),
-               w=rng.choice("question,answer,story,review,text,sentence,letter,name,fact,word,tool".split(","))
-               + rng.choice(("", " about nature", " about these tools", " in short", " with one word", " in the text"))),
+               w=rng.choice(
+                   "question,answer,story,review,text,sentence,letter,name,fact,word,tool".split(","))
+               + rng.choice(("", " about nature", " about these tools", " in short", " with one word",
+                             " in the text"))),
 
 
 def copying(rng):
@@ -458,13 +493,13 @@ def copying(rng):
 
 
 def table(rng):
-    """Who is where or has what, with nothing, little or all of a sentence in between: (facts, how to tell one, text)."""
+    """Who is where or has what, with nothing, some or all of a sentence in between: (facts, teller, text)."""
     style = rng.randrange(4)
 
     def line(p, relation, what):
         return tell(rng, p, relation, what) if style == 3 else \
             f"{p}{('', ' the', ' in the' if relation == 'in' else ' has the')[style]} {what}"
-    facts = scene(rng, rng.randint(3 if style == 3 else 2, 6))   # two in full would be a question of `inference`
+    facts = scene(rng, rng.randint(3 if style == 3 else 2, 6))  # two in full would be one of `inference`
     return facts, line, ". ".join(line(*f) for f in facts) + ". "
 
 
@@ -486,11 +521,13 @@ def judging(rng):
     return " ".join(words) + ". " + ", ".join(f"{w} {'yes' if w in words else 'no'}" for w in asked),
 
 
-STATEMENTS = 4 * (about_facts,) + 3 * (about_scenes,) + 2 * (about_choices, about_sameness, about_sightings, about_stories) + \
-    (about_tools, about_opinions, about_reasons, about_talk, about_talk)
-EXERCISES = (copying, recalling, judging, judging, about_choices, about_sameness, about_sameness, about_sightings)
-# up to which text, share of statements, exercises. A model of this size learns to look things up within minutes only if
-# it first copies lists and then meets more and more words between a name and what belongs to it.
+STATEMENTS = (4 * (about_facts,) + 3 * (about_scenes,)
+              + 2 * (about_choices, about_sameness, about_sightings, about_stories)
+              + (about_tools, about_opinions, about_reasons, about_talk, about_talk))
+EXERCISES = (copying, recalling, judging, judging, about_choices, about_sameness, about_sameness,
+             about_sightings)
+# up to which text, share of statements, exercises. A model of this size learns to look things up within
+# minutes only if it first copies lists and then meets more and more words between a name and what is its.
 LESSONS = ((2000, 0.0, (copying,)), (9000, 0.05, (copying, recalling, recalling)), (20000, 0.2, EXERCISES),
            (math.inf, 0.7, EXERCISES))
 N_LESSONS = 20000                                # from here on the mixture stays the same
@@ -505,7 +542,7 @@ def paragraph(rng, make):
 
 
 def corpus(seed):
-    """The base corpus as a stream: i -> Row with an empty prompt, three paragraphs of statements or exercises each."""
+    """The base corpus as a stream: i -> Row without a prompt, three paragraphs of statements or exercises."""
     def row(i):
         rng = random.Random(f"corpus {seed} {i}")
         share, exercises = next((s, e) for end, s, e in LESSONS if i < end)
@@ -541,7 +578,9 @@ def read_rows(paths):
         raise InputError(f"{paths}: a name is missing beside a comma; write ./ for the current folder")
     rows = []
     for path in map(Path, paths.split(",")):
-        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl")) if path.is_dir() else [path]
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
         if not files:
             raise InputError(f"{path}: no .json or .jsonl file in this folder")
         for file in files:
@@ -554,7 +593,8 @@ def read_rows(paths):
                 given = {k: v for k, v in raw.items() if k in Row._fields and v is not None}
                 fields = {"instruction": "", "input": "", "task": file.stem} | given
                 for key in ("instruction", "input", "output", "task"):
-                    optional = key == "input" or key == "instruction" and fields["input"]   # some rows ask in "input" alone
+                    # some rows ask in "input" alone
+                    optional = key == "input" or key == "instruction" and fields["input"]
                     if wrong := fault(key, fields.get(key), optional):
                         raise InputError(f"{file}, row {number}: '{key}' {wrong}")
                 rows.append(Row(**fields))
@@ -587,27 +627,28 @@ def read_objects(file):
 
 
 def hold_out(rows, share, salt=""):
-    """(training rows, held-out rows): about `share` of every task, by a hash of the prompt, so that equal prompts never
-    part and adding rows moves none; another salt holds out others. Raises InputError if one side is left empty."""
+    """(training rows, held-out rows): about `share` of every task, by a hash of the prompt: equal prompts
+    never part, adding rows moves none, another salt holds out others. InputError if one side is empty."""
     limit = share * 2 ** 32
-    held = [int.from_bytes(hashlib.sha256(f"{salt}{r.instruction}\n{r.input}".encode()).digest()[:4], "big") < limit
-            for r in rows]
+    hashed = [hashlib.sha256(f"{salt}{r.instruction}\n{r.input}".encode()).digest() for r in rows]
+    held = [int.from_bytes(h[:4], "big") < limit for h in hashed]
     train, val = [r for r, h in zip(rows, held) if not h], [r for r, h in zip(rows, held) if h]
     if not train or not val:
-        raise InputError(f"holding out {share:.0%} of {len(rows)} rows leaves {len(train)} for training and {len(val)} for "
-                         "validation; change --val_share or give --val_data")
+        raise InputError(f"holding out {share:.0%} of {len(rows)} rows leaves {len(train)} for training and "
+                         f"{len(val)} for validation; change --val_share or give --val_data")
     return train, val
 
 
 def encode_rows(tokenizer, rows, max_length, name, shortest=16):
-    """Rows -> Examples of at most max_length ids. A prompt that is too long loses its middle, for the question may stand
-    at either end; a row whose answer leaves it fewer than `shortest` ids is dropped. Both are counted and printed."""
+    """Rows -> Examples of at most max_length ids. Too long a prompt loses its middle, for the question may
+    stand at either end; a row whose answer leaves it fewer than `shortest` ids is dropped. Both are counted
+    and printed."""
     examples, cuts, drops = [], 0, 0
     for row in tqdm(rows, desc=f"tokenise {name}", unit="row", mininterval=1, leave=False):
         e = encode(tokenizer, row)
         if (excess := len(e.ids) - max_length) > 0:
             prefix = len(tokenizer.prefix)
-            room = e.n_prompt - 1 - prefix - excess                                  # ids of text left in the prompt
+            room = e.n_prompt - 1 - prefix - excess  # ids of text left in the prompt
             if room < shortest:
                 drops += 1
                 continue
@@ -616,7 +657,8 @@ def encode_rows(tokenizer, rows, max_length, name, shortest=16):
             e = Example(e.task, e.ids[:first] + e.ids[first + excess:], e.n_prompt - excess)
         examples.append(e)
     if cuts or drops:
-        print(f"{name}: {cuts} prompts shortened and {drops} rows dropped of {len(rows)}, for --max_length={max_length}")
+        print(f"{name}: {cuts} prompts shortened and {drops} rows dropped of {len(rows)}, "
+              f"for --max_length={max_length}")
     if not examples:
         raise InputError(f"no supervised token is left in the {name} rows: every answer is longer than "
                          f"--max_length={max_length} allows")
@@ -624,7 +666,7 @@ def encode_rows(tokenizer, rows, max_length, name, shortest=16):
 
 
 def shuffled(examples, seed):
-    """Examples as an endless stream i -> Example: epoch after epoch, each in an order that follows from (seed, epoch)."""
+    """Examples as an endless stream i -> Example: epoch after epoch, the order of each from (seed, epoch)."""
     n = len(examples)
 
     @functools.lru_cache(2)
@@ -640,8 +682,9 @@ def digest(texts):
 
 # ---- Tokenizers and prompts
 
-# What stands around a row. What follows {output} ends an answer and must be one id; {eos} is the end of sequence as an
-# id; a newline beside an empty field goes with it. Control words like <|eot_id|> become ids in a tokenizer.json only.
+# What stands around a row. What follows {output} ends an answer and must be one id; {eos} is the end of
+# sequence as an id; a newline beside an empty field goes with it. Control words like <|eot_id|> become ids in
+# a tokenizer.json only.
 TEMPLATES = {
     "paper": "{instruction}\n{input}{eos}{output}{eos}",
     "llama2": "[INST] {instruction}\n{input} [/INST]{output}{eos}",
@@ -651,7 +694,7 @@ TEMPLATES = {
 
 
 def read_template(text):
-    """The template of that name, or the text itself, with \\n for newlines; {output}{eos} is added if there is no output.
+    """The template of that name, or the text, \\n for newlines; without {output}, {output}{eos} is added.
 
     Raises InputError if it is no format string of {instruction}, {input}, {output} and {eos} alone.
     """
@@ -661,14 +704,15 @@ def read_template(text):
     found = [f for part in head.split("{eos}") for f in re.findall("{{|}}|{instruction}|{input}|[{}]", part)]
     if ({"{", "}"} & {*found} or found.count("{instruction}") != 1 or found.count("{input}") > 1
             or template.count("{output}") > 1 or HALF_PAIR.search(template)):
-        raise InputError(f"--template must be {', '.join(TEMPLATES)} or a text with {{instruction}}, {{input}}, "
-                         f"{{output}} and {{eos}}, each of the first three once, not '{text}'")
+        raise InputError(f"--template must be {', '.join(TEMPLATES)} or a text with {{instruction}}, "
+                         "{input}, {output} and {eos}, each of the first three once, "
+                         f"not '{text}'")
     return template
 
 
 class Tokenizer:
-    """Text to ids and back. Attributes: prefix (ids that open a text: one bos, if the model knows one), eos, size,
-    template (of TEMPLATES' form) and end (the id after an answer)."""
+    """Text to ids and back. Attributes: prefix (ids that open a text: one bos, if the model knows one), eos,
+    size, template (of TEMPLATES' form) and end (the id after an answer)."""
 
     def __init__(self, path):
         """Read a sentencepiece tokenizer.model (Llama 1 and 2, TinyLlama, the built-in base)."""
@@ -689,8 +733,9 @@ class Tokenizer:
         end = self.template.partition("{output}")[2]
         ids = [self.eos] if end == "{eos}" else self.encode(end)
         if len(ids) != 1:
-            raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads as "
-                             f"{len(ids)} ids; it must be a single control word of this tokenizer, or {{eos}}")
+            raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads "
+                             f"as {len(ids)} ids; it must be a single control word of this tokenizer, "
+                             "or {eos}")
         self.end = ids[0]
 
     def encode(self, text):
@@ -716,7 +761,8 @@ class JsonTokenizer(Tokenizer):
             raise InputError(f"{path}: not a readable tokenizer ({e})") from None
         # the file itself says whether its model was trained with a bos in front: Llama 3 yes, SmolLM2 no
         self.prefix = [i for i in self.model.encode("").ids if i != eos]
-        self.eos, self.size = eos, 1 + max([eos, *self.prefix, *self.model.get_vocab().values()])   # ids may have gaps
+        # ids may have gaps
+        self.eos, self.size = eos, 1 + max([eos, *self.prefix, *self.model.get_vocab().values()])
         self.use("paper")
 
     def encode(self, text):
@@ -727,13 +773,14 @@ class JsonTokenizer(Tokenizer):
 
 
 def open_tokenizer(folder, eos):
-    """The tokenizer in a Llama folder; eos: the model's end-of-sequence id, which a tokenizer.json does not tell."""
+    """The tokenizer in a Llama folder; eos: the model's end of sequence, which tokenizer.json leaves out."""
     pieces, words = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
     # Meta's Llama 3 calls a list of lines "base64 rank", for the package tiktoken, tokenizer.model too
     ranks = pieces.is_file() and re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", pieces.open("rb").read(1000))
     if ranks and not words.is_file():
-        raise InputError(f"{pieces} is Llama 3's in tiktoken's format, which is not read here; put the tokenizer.json "
-                         "of the same model on Hugging Face beside it and pip install tokenizers")
+        raise InputError(f"{pieces} is Llama 3's in tiktoken's format, which is not read here; put the "
+                         "tokenizer.json of the same model on Hugging Face beside it and "
+                         "pip install tokenizers")
     if pieces.is_file() and words.is_file():
         print(f"tokenizer: {words.name if ranks else pieces.name}; the other one in {folder} is not used")
     if pieces.is_file() and not ranks:
@@ -762,7 +809,8 @@ def encode(tokenizer, row):
     if row.instruction or row.input:
         if not (row.instruction and row.input):
             prompt = prompt.replace("{instruction}\n{input}", "{instruction}{input}")
-        first, *others = (part.format(instruction=row.instruction, input=row.input) for part in prompt.split("{eos}"))
+        first, *others = (part.format(instruction=row.instruction, input=row.input)
+                          for part in prompt.split("{eos}"))
         head += tokenizer.encode(first)
         for text in others:
             head += [tokenizer.eos] + (tokenizer.encode(text) if text else [])
@@ -778,13 +826,14 @@ def padded_length(example, multiple):
 
 
 def cut(examples, max_tokens, multiple=8, overhead=32):
-    """Cut one step's examples, sorted by length, into micro-batches of at most max_tokens padded tokens, the cheapest way.
+    """Cut one step's examples, sorted by length, into micro-batches of at most max_tokens padded tokens.
 
-    The cost is the padded tokens, for padding is the largest waste, and `overhead` more for each micro-batch, about what
-    starting its kernels takes. Raises InputError if a row alone is longer than max_tokens.
+    The cut is the cheapest. Its cost is the padded tokens, for padding is the largest waste, and `overhead`
+    more for each micro-batch, about what starting its kernels takes. Raises InputError if a row alone is
+    longer than max_tokens.
     """
     examples = sorted(examples, key=lambda e: len(e.ids))
-    best = [(0, 0)]                              # for the first 0, 1, .. rows: cost, where their last micro-batch begins
+    best = [(0, 0)]  # for the first 0, 1, .. rows: cost, where their last micro-batch begins
     for stop, longest in enumerate((padded_length(e, multiple) for e in examples), 1):
         if longest > max_tokens:
             raise InputError(f"a row of {longest} padded tokens does not fit into --max_tokens={max_tokens}")
@@ -798,7 +847,7 @@ def cut(examples, max_tokens, multiple=8, overhead=32):
 
 
 def collate(examples, multiple=8):
-    """Micro-batch -> tokens (B, T), targets (B, T) with -1 where unsupervised, mask (B, T) of what is not padding."""
+    """Micro-batch -> tokens (B, T), targets (B, T) of -1 where unsupervised, mask (B, T) False at padding."""
     T = max(padded_length(e, multiple) for e in examples)
     tokens, targets = np.zeros((len(examples), T), np.int64), np.full((len(examples), T), -1, np.int64)
     mask = np.zeros((len(examples), T), bool)

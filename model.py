@@ -6,8 +6,8 @@ checkpoint loads key for key and nothing is patched afterwards. Architecture: ar
 What may surprise:
 - A fresh model is built on the meta device and filled tensor by tensor, so loading never holds two copies.
 - No attention mask anywhere: rows are padded on the right, where causal attention never looks.
-- With targets the head runs on supervised positions only; a loss is a sum and its count, never a mean, so that
-  micro-batches add up to exactly the loss of their step.
+- With targets the head runs on supervised positions only; a loss is a sum and its count, never a mean, so
+  that micro-batches add up to exactly the loss of their step.
 - Real weights come from Hugging Face or from Meta; both end as Hugging Face's names and rotary layout.
 - There are no buffers: the rotary tables are computed per forward, in fp32, from the config alone.
 
@@ -74,8 +74,9 @@ class LlamaConfig:
             if not right:
                 raise InputError(f"{f.name} is {v!r}, not {wanted}")
         if self.head_dim % 2 or self.num_attention_heads % self.num_key_value_heads:
-            raise InputError(f"head_dim {self.head_dim} must be even, num_attention_heads {self.num_attention_heads}"
-                             f" a multiple of num_key_value_heads {self.num_key_value_heads}")
+            raise InputError(f"head_dim {self.head_dim} must be even, num_attention_heads "
+                             f"{self.num_attention_heads} a multiple of num_key_value_heads "
+                             f"{self.num_key_value_heads}")
 
     @classmethod
     def of(cls, path, **values):
@@ -97,11 +98,12 @@ class AdapterConfig:
     targets: tuple = ("gate_proj", "up_proj", "down_proj")
 
     def __post_init__(self):
-        if self.method not in (*METHODS, "full", "none"):
-            raise InputError(f"method must be one of {', '.join((*METHODS, 'full', 'none'))}, not '{self.method}'")
+        if self.method not in (known := (*METHODS, "full", "none")):
+            raise InputError(f"method must be one of {', '.join(known)}, not '{self.method}'")
         unknown = [t for t in self.targets if t not in PROJECTIONS]
         if unknown or not self.targets:
-            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, not '{','.join(map(str, unknown))}'")
+            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, "
+                             f"not '{','.join(map(str, unknown))}'")
 
     def linear(self, name, n_in, n_out):
         """The projection `name`: adapted if it is a target, else a plain Linear without bias."""
@@ -133,8 +135,9 @@ class RMSNorm(nn.Module):
 
 
 def stretch(frequency, scaling):
-    """Rotary frequencies for longer contexts: "linear" divides all by factor (arXiv 2306.15595); "llama3" those that
-    turn less than low_freq_factor times in the original length, none above high_freq_factor, in between in part."""
+    """Rotary frequencies for longer contexts: "linear" divides all by factor (arXiv 2306.15595); "llama3"
+    those that turn less than low_freq_factor times in the original length, none above high_freq_factor, in
+    between in part."""
     kept = 0.0
     if scaling["rope_type"] == "llama3":
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
@@ -145,7 +148,8 @@ def stretch(frequency, scaling):
 
 def rotary_tables(config, start, stop, device):
     """cos and sin of the angles of positions start..stop-1, each (T, D), fp32 (arXiv 2104.09864)."""
-    frequency = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim)
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequency = config.rope_theta ** -exponent                                       # (D/2,)
     if config.rope_scaling:
         frequency = stretch(frequency, config.rope_scaling)
     angle = torch.arange(start, stop, device=device).float()[:, None] * frequency     # (T, D/2)
@@ -154,7 +158,7 @@ def rotary_tables(config, start, stop, device):
 
 
 def rotate(x, rotary):
-    """Rotary embedding of x (B, H, T, D): pairs element i with i + D/2, Hugging Face's layout (Meta's pairs neighbours)."""
+    """Rotary embedding of x (B, H, T, D): pairs i with i + D/2, as Hugging Face (Meta's pairs neighbours)."""
     cos, sin = rotary
     a, b = x.chunk(2, -1)
     return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
@@ -166,7 +170,8 @@ class Attention(nn.Module):
     def __init__(self, config, adapter):
         super().__init__()
         self.config = config
-        C, H, K, D = (config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+        C, D = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.q_proj = adapter.linear("q_proj", C, H * D)
         self.k_proj = adapter.linear("k_proj", C, K * D)
         self.v_proj = adapter.linear("v_proj", C, K * D)
@@ -174,14 +179,16 @@ class Attention(nn.Module):
 
     def forward(self, x, rotary, cache, routing):
         q, k, v = (project(p, x, routing).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
-                   for p in (self.q_proj, self.k_proj, self.v_proj))                 # (B, H, T, D), (B, K, T, D) twice
+                   for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D), (B, K, T, D) twice
         q, k = rotate(q, rotary), rotate(k, rotary)
         mask = None
         if cache is not None:
-            k, v, mask = cache.extend(self, k, v)                                    # (B, K, S, D) twice, (B, 1, 1, S)
-        # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a mask would not
+            k, v, mask = cache.extend(self, k, v)  # (B, K, S, D) twice, (B, 1, 1, S)
+        # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a
+        # mask over all pairs would not
         causal = cache is None or q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
+                                           enable_gqa=q.shape[1] != k.shape[1])
         return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
 
 
@@ -195,8 +202,8 @@ class MLP(nn.Module):
         self.down_proj = adapter.linear("down_proj", config.intermediate_size, config.hidden_size)
 
     def forward(self, x, routing):
-        return project(self.down_proj, F.silu(project(self.gate_proj, x, routing)) * project(self.up_proj, x, routing),
-                       routing)
+        return project(self.down_proj, F.silu(project(self.gate_proj, x, routing))
+                       * project(self.up_proj, x, routing), routing)
 
 
 class Block(nn.Module):
@@ -207,7 +214,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x, rotary, cache=None, want_routing=False):
-        # the list lives and dies here, inside the checkpointed region: a recomputation fills a list of its own
+        # the list lives and dies here, inside the checkpointed region: a recomputation fills its own
         routing = [] if want_routing else None
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache, routing)
         x = x + self.mlp(self.post_attention_layernorm(x), routing)
@@ -227,7 +234,7 @@ class KVCache:
         return next((k.shape[2] for k, _ in self.layers.values()), 0)
 
     def extend(self, layer, k, v):
-        """All keys and values with the new ones, and a mask (B, 1, 1, S) if one new token must not see padding."""
+        """All keys and values with the new ones; a mask (B, 1, 1, S) if a new token must not see padding."""
         mask = None if self.real is None or k.shape[2] > 1 else self.real[:, None, None]
         if layer in self.layers:
             k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v)))
@@ -262,11 +269,13 @@ class Llama(nn.Module):
         return {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in ADAPTER_KEYS}
 
     def init_weights(self, positional=0):
-        """Random base: normal of sqrt(2 / 5C) (arXiv 1910.05895), smaller by sqrt(2 * layers) where a layer ends (GPT-2).
+        """Random base: normal of sqrt(2 / 5C) (arXiv 1910.05895), smaller by sqrt(2 * layers) where a layer
+        ends (GPT-2).
 
-        positional > 0 helps a tiny model that trains for minutes to learn to look things up (mimetic initialisation, as
-        in arXiv 2305.09828): queries start near their keys, so that tokens look for their like, and the first
-        `positional` heads of layer 0 start by carrying over what stands 1, 2, ... tokens back.
+        positional > 0 helps a tiny model that trains for minutes to learn to look things up (mimetic
+        initialisation, as in arXiv 2305.09828): queries start near their keys, so that tokens look for their
+        like, and the first `positional` heads of layer 0 start by carrying over what stands 1, 2, ...
+        tokens back.
         """
         c, std = self.config, math.sqrt(0.4 / self.config.hidden_size)
         for name, p in self.base_parameters().items():
@@ -284,7 +293,7 @@ class Llama(nn.Module):
         for block in self.model.layers:
             q, k = (p.weight.unflatten(0, (-1, D)) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
             q.copy_(q / 2 + k.repeat_interleave(group, 0))                           # (H, D, C)
-        # a direction shared by all embeddings lets q and k of layer 0 ignore the token and see its position only
+        # a direction that all embeddings share lets q and k of layer 0 see the position and ignore the token
         embedding, first = self.model.embed_tokens.weight, self.model.layers[0].self_attn
         shared = F.normalize(torch.randn(C), dim=0)
         embedding += shared * embedding.norm(dim=1).mean()
@@ -292,23 +301,24 @@ class Llama(nn.Module):
         for head in range(positional):
             cos, sin = (t[0, :D // 2] for t in rotary_tables(self.config, head + 1, head + 2, "cpu"))
             own, shared_kv = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
-            first.q_proj.weight[own] = 0.5 * torch.outer(torch.cat((cos, -sin)), shared)   # turned back by head + 1
+            turned = torch.cat((cos, -sin))                                          # back by head + 1
+            first.q_proj.weight[own] = 0.5 * torch.outer(turned, shared)
             first.k_proj.weight[shared_kv] = 0.5 * torch.outer(torch.cat((cos * 0 + 1, sin * 0)), shared)
             first.v_proj.weight[shared_kv] = carried
-            first.o_proj.weight[:, own] = carried.T * std * math.sqrt(C / D)               # as long as an embedding
+            first.o_proj.weight[:, own] = carried.T * std * math.sqrt(C / D)  # as long as an embedding
 
     def compile_blocks(self, backend="inductor"):
-        """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with another for the
-        first block, whose input needs no gradient, and again for a single row."""
+        """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with
+        another for the first block, whose input needs no gradient, and again for a single row."""
         for block in self.model.layers:
             block.compile(dynamic=True, backend=backend)
 
     def hidden(self, tokens, cache=None, want_routing=False):
-        """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the experts' weights (L, B, T, E)."""
+        """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the routing weights (L, B, T, E)."""
         x, routing = self.model.embed_tokens(tokens), []                             # (B, T, C)
         start = len(cache) if cache is not None else 0
         rotary = rotary_tables(self.config, start, start + tokens.shape[1], tokens.device)
-        if start and cache.real is not None:     # a new token per row, whose position leaves out the padding before it
+        if start and cache.real is not None:     # a new token per row: its position leaves out the padding
             cache.real = F.pad(cache.real, (0, 1), value=True)                       # (B, S)
             position = cache.real.sum(1) - 1                                         # (B,)
             tables = rotary_tables(self.config, 0, start + 1, tokens.device)
@@ -318,23 +328,24 @@ class Llama(nn.Module):
                 x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
             elif cache is None:
                 x, w = block(x, rotary, None, want_routing)
-            else:                                # a cache grows with every token: eager, whatever --compile says
+            else:  # a cache grows with every token: eager, whatever --compile says
                 x, w = block.forward(x, rotary, cache, want_routing)
             routing += [] if w is None else [w]
         return self.model.norm(x), torch.cat(routing) if routing else None
 
     def token_losses(self, hidden, targets):
-        """Head at the supervised positions (targets >= 0) only: losses (N,) in fp32 and whether the argmax hits (N,).
+        """Head at supervised positions (targets >= 0): losses (N,) in fp32, and whether the argmax hits (N,).
 
-        Beyond MAX_LOGITS of them logits are made in chunks, and made again in the backward pass: never all at once.
+        Beyond MAX_LOGITS of them logits are made in chunks, again in the backward pass: never all at once.
         """
         def judge(hidden, labels):
             logits = fp32(self.lm_head(hidden))
             return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
-        targets = targets.flatten()              # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
+        targets = targets.flatten()  # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
         supervised = (targets >= 0).nonzero()[:, 0]
-        labels, supervised = (t.to(hidden.device, non_blocking=True) for t in (targets[supervised], supervised))  # (N,)
-        hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)       # (N, C)
+        labels, supervised = (t.to(hidden.device, non_blocking=True)
+                              for t in (targets[supervised], supervised))            # (N,)
+        hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)  # (N, C)
         if len(labels) <= n:
             return judge(hidden, labels)
         chunks = [checkpoint(judge, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -342,7 +353,7 @@ class Llama(nn.Module):
         return tuple(map(torch.cat, zip(*chunks)))
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T), negative where unsupervised: (sum of losses, count)."""
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), < 0 unsupervised: (loss summed, count)."""
         hidden, _ = self.hidden(tokens)
         if targets is None:
             return self.lm_head(hidden)
@@ -350,13 +361,13 @@ class Llama(nn.Module):
         return losses.sum(), losses.numel()
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, *, lengths=None, temperature=0.0, top_k=0, use_cache=True, generator=None,
-                 on_token=None):
+    def generate(self, tokens, max_new_tokens, *, lengths=None, temperature=0.0, top_k=0, use_cache=True,
+                 generator=None, on_token=None):
         """Continue tokens (B, T) -> the new tokens (B, up to max_new_tokens).
 
-        lengths (B,): of prompts of different lengths, padded on the right; None: all are T long. temperature 0 is greedy;
-        top_k > 0 samples among the k likeliest. Ends when every row has met an end-of-sequence token; a row that ended
-        earlier is filled up with it. on_token gets each step's tokens (B, 1).
+        lengths (B,): of prompts of different lengths, padded on the right; None: all are T long. temperature
+        0 is greedy; top_k > 0 samples among the k likeliest. Ends when every row has met an end-of-sequence
+        token; a row that ended earlier is filled up with it. on_token gets each step's tokens (B, 1).
         """
         eos = torch.tensor(self.config.eos_token_id, device=tokens.device)
         (B, T), rows, generated = tokens.shape, torch.arange(len(tokens), device=tokens.device), []
@@ -395,8 +406,9 @@ class Llama(nn.Module):
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 PLAIN_TENSORS = f"only tensors of {', '.join(DTYPES)} are supported, nothing quantised"
-SCALING = {"linear": {"factor": 1.0}, "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                                 "original_max_position_embeddings": 8192}}     # Llama 3.1's
+SCALING = {"linear": {"factor": 1.0},
+           "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                      "original_max_position_embeddings": 8192}}                     # Llama 3.1's
 # what config.json may say for the model to be the one built here; the first value is what a missing key means
 KNOWN = {"rope_type": ("default", *SCALING), "partial_rotary_factor": (1.0,), "hidden_act": ("silu",),
          "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (None,)}
@@ -418,12 +430,12 @@ def read_json(path):
 
 
 def read_config(folder):
-    """LlamaConfig of a Hugging Face folder. Raises InputError for what is not a Llama, or has parts we do not build."""
+    """LlamaConfig of a Hugging Face folder. Raises InputError if it is no Llama, or one not built here."""
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     raw = read_json(path)
     if raw.get("model_type") != "llama":
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' is supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}               # transformers 5, and before
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, and before
     if not isinstance(rope, dict):
         raise InputError(f"{path}: the rotary settings are {rope!r}, not an object")
     rope = {"rope_theta": raw.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
@@ -438,14 +450,14 @@ def read_config(folder):
             scaling = {k: rope[k] for k in ("rope_type", *SCALING[rope["rope_type"]])}
     except KeyError as e:
         raise InputError(f"{path}: {e} is missing") from None
-    optional = {k: raw[k] for k in ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id")
-                if raw.get(k) is not None}
-    # both files may name ends, and they differ: Llama-3-8B-Instruct's end of a turn stands in the second alone
+    optional = ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id")
+    optional = {k: raw[k] for k in optional if raw.get(k) is not None}
+    # both files may name ends, and they differ: Llama-3-8B-Instruct's end of a turn is in the second alone
     ends = [d.get("eos_token_id") for d in (raw, read_json(generation) if generation.is_file() else {})]
     ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
     ends = tuple(e for i, e in enumerate(ends) if e not in ends[:i])
     width = sizes["hidden_size"]
-    share = width // heads if type(width) is type(heads) is int and heads else 1     # else refused by LlamaConfig
+    share = width // heads if type(width) is type(heads) is int and heads else 1  # LlamaConfig refuses others
     return LlamaConfig.of(path, **sizes, num_attention_heads=heads, rope_theta=theta, rope_scaling=scaling,
                           num_key_value_heads=raw.get("num_key_value_heads") or heads,
                           head_dim=raw.get("head_dim") or share, eos_token_id=ends or (2,), **optional)
@@ -458,7 +470,7 @@ def read_safetensors(path):
     """
     tensors = {}
     try:
-        raw = np.memmap(path, mode="c")         # copy-on-write: torch wants writable memory, the file stays as it is
+        raw = np.memmap(path, mode="c")  # copy-on-write: torch wants writable memory, the file stays as it is
         n = int(np.frombuffer(raw[:8], "<u8")[0])
         if n > min(len(raw) - 8, 100_000_000):
             raise ValueError("its header is longer than the file")
@@ -468,7 +480,8 @@ def read_safetensors(path):
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is {entry['dtype']}; {PLAIN_TENSORS}")
             dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            if not 0 <= start <= stop <= len(raw) - 8 - n or stop - start != math.prod(shape) * dtype.itemsize:
+            if (not 0 <= start <= stop <= len(raw) - 8 - n
+                    or stop - start != math.prod(shape) * dtype.itemsize):
                 raise ValueError(f"{name} lies outside the file or has another size than its shape says")
             tensors[name] = torch.from_numpy(raw[8 + n + start:8 + n + stop]).view(dtype).view(shape)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
@@ -503,12 +516,13 @@ def read_pickle(path, mapped=False):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as e:                       # torch raises anything from EOFError to UnpicklingError here
         wanted = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it holds code, {wanted[1]}, which is not run" if wanted else "damaged, foreign or of an old torch"
+        why = (f"it holds code, {wanted[1]}, which is not run" if wanted else
+               "damaged, foreign or of an old torch")
         raise InputError(f"{path}: not a readable file of tensors ({why})") from None
 
 
 def plain(name, t):
-    """Whether they are a name and a tensor of floating-point numbers, nothing quantised, sparse or without data."""
+    """Whether it is a name and a tensor of floating-point numbers: not quantised, sparse or without data."""
     return isinstance(name, str) and isinstance(t, torch.Tensor) and t.dtype in DTYPES.values() and (
         t.layout is torch.strided and not t.is_meta)
 
@@ -536,14 +550,15 @@ def open_weights(folder):
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{index}: weight_map is missing or no object")
-            names = sorted({Path(str(name)).name for name in weight_map.values()})   # no path in a file is followed
+            names = sorted({Path(str(name)).name for name in weight_map.values()})  # follow no path in a file
         elif shards := sorted(folder.glob(f"{stem}-{digits}-of-{digits}.{suffix}")):
             n = shards[0].stem[-5:]
             names = [f"{stem}-{i:05}-of-{n}.{suffix}" for i in range(1, int(n) + 1)]
         if names:
             break
     else:
-        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in shards")
+        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, "
+                         "whole or in shards")
     return {name: t for file in names for name, t in read_tensors(folder / file).items()
             if not name.endswith("rotary_emb.inv_freq")}
 
@@ -567,8 +582,10 @@ def open_meta(folder):
         llama3 = {"bos_token_id": 128000, "eos_token_id": (128001, 128008, 128009),
                   "max_position_embeddings": 131072 if raw.get("use_scaled_rope") else 8192}
         config = LlamaConfig.of(
-            folder / "params.json", vocab_size=V, hidden_size=C, intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
-            num_hidden_layers=raw["n_layers"], num_attention_heads=H, head_dim=D, rms_norm_eps=raw["norm_eps"],
+            folder / "params.json", vocab_size=V, hidden_size=C,
+            intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
+            num_hidden_layers=raw["n_layers"], num_attention_heads=H, head_dim=D,
+            rms_norm_eps=raw["norm_eps"],
             num_key_value_heads=raw.get("n_kv_heads") or n * len(first["layers.0.attention.wk.weight"]) // D,
             rope_theta=raw.get("rope_theta") or 10000.0,
             rope_scaling=scaling if raw.get("use_scaled_rope") else None,
@@ -586,22 +603,24 @@ def open_meta(folder):
 
 
 def cut_of(parts, shape):
-    """(n, axis) of the chunks of `shape` that these parts are; (1, 0) if each is all of it (Meta's norms); or None."""
+    """(n, axis) of the chunks of `shape` that parts are; (1, 0) if each is all (Meta's norms); else None."""
     n, own = len(parts), {tuple(t.shape) for t in parts}
-    cuts = {(*shape[:d], shape[d] / n, *shape[d + 1:]): (n, d) for d in range(len(shape))} | {tuple(shape): (1, 0)}
+    cuts = {(*shape[:d], shape[d] / n, *shape[d + 1:]): (n, d) for d in range(len(shape))}
+    cuts |= {tuple(shape): (1, 0)}
     return cuts.get(own.pop()) if len(own) == 1 else None
 
 
 def release(tensor):
-    """Give back the file pages behind a memory-mapped tensor, which else stay resident; only those wholly its own."""
+    """Give back the file pages wholly behind a memory-mapped tensor, which would else stay resident."""
     storage, page = tensor.untyped_storage(), mmap.PAGESIZE
-    start, stop = -(-storage.data_ptr() // page) * page, (storage.data_ptr() + storage.nbytes()) // page * page
+    start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    start, stop = -(-start // page) * page, stop // page * page
     if start < stop and hasattr(mmap, "MADV_DONTNEED"):     # Windows has none
         ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
 
 
 def fresh_adapters(model, device):
-    """Make the adapters of a model whose base is filled in and whose adapters are still on the meta device."""
+    """Make the adapters, still on the meta device, of a model whose base is filled in."""
     for _, layer in adapter_layers(model):
         for key, p in list(layer.named_parameters(recurse=False)):
             if key in ADAPTER_KEYS:
@@ -656,15 +675,15 @@ def save_llama(model, folder):
     config = asdict(model.config)
     eos = config["eos_token_id"]
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-               "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "attention_bias": False, "mlp_bias": False,
-               "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
+               "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "attention_bias": False,
+               "mlp_bias": False, "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_safetensors(model.base_parameters(), folder / "model.safetensors")
 
 
 def fingerprint(model):
-    """Hash of the base: names, shapes and up to 256 evenly spaced values of each tensor, as bf16 so that dtype and
-    device do not matter. Tells one base from another; it is no checksum of every weight."""
+    """Hash of the base: names, shapes and up to 256 evenly spaced values of each tensor, as bf16 so that
+    dtype and device do not matter. Tells one base from another; it is no checksum of every weight."""
     digest = hashlib.sha256()
     for name, p in model.base_parameters().items():
         flat = p.detach().flatten()

@@ -6,7 +6,7 @@ Paper: Lin et al., "TeamLoRA", ACL 2025, arXiv 2408.09856; the equations here fo
 
     z   = A x                    shared by all experts; expert e owns slice e of it
     phi = softmax(R x)           what the paper calls Shapley values: a softmax, no Shapley value is computed
-    w   = phi + phi M            M starts with diagonal 0; w is then scaled so that the weights of a token sum to E
+    w   = phi + phi M            M starts with diagonal 0; then w is scaled: a token's weights sum to E
     y   = W x + (alpha / r) * sum_e w_e B_e dropout(z_e)
 
 What may surprise:
@@ -14,7 +14,7 @@ What may surprise:
   in one matmul whose cost does not depend on E.
 - A weight may be negative: an expert can be held against. Weights sum to E, not to 1 as in a plain mixture.
 - Dropout acts on z, after A; most LoRA code drops x before A.
-- The paper writes w_i = sum_j M_ij phi_j with diagonal 1; the released code, and we, phi + phi M with diagonal 0.
+- The paper writes w_i = sum_j M_ij phi_j, diagonal 1; the released code, and we, phi + phi M, diagonal 0.
 - LoRA, MoELoRA and HydraLoRA are this layer with one thing changed each; E = 1 is plain LoRA in all of them.
 
 Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
@@ -51,7 +51,8 @@ class TeamLoRALinear(nn.Linear):
 
     change_weights = None                        # set by `restricted` alone: w -> w, after the competition
 
-    def __init__(self, in_features, out_features, bias=False, *, rank=8, n_experts=4, alpha=16.0, dropout=0.0):
+    def __init__(self, in_features, out_features, bias=False, *,
+                 rank=8, n_experts=4, alpha=16.0, dropout=0.0):
         super().__init__(in_features, out_features, bias)
         for name, value in (("rank", rank), ("n_experts", n_experts)):
             if value < 1:
@@ -84,11 +85,11 @@ class TeamLoRALinear(nn.Linear):
         return self.compete(F.linear(x, router.to(x.dtype)))
 
     def compete(self, logits):
-        """The competition: R x (..., E) -> weights of the experts (..., E), summing to E, in fp32 (float64 for float64)."""
+        """The competition: R x (..., E) -> the experts' weights (..., E), of sum E, in fp32 or float64."""
         phi = softmax(logits)
         w = phi + phi @ self.interaction.to(phi.dtype)
-        # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which would
-        # blow up the update or flip its sign. Below 0.1 the sum counts as 0.1: no weight grows more than tenfold.
+        # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which
+        # would blow up the update or flip its sign. Below 0.1 it counts as 0.1: none grows more than tenfold.
         return self.n_experts * w / w.sum(-1, keepdim=True).clamp(min=0.1)
 
     def weighted(self, z, w):
@@ -96,9 +97,9 @@ class TeamLoRALinear(nn.Linear):
         return (z.unflatten(-1, (self.n_experts, self.rank)) * w.unsqueeze(-1)).flatten(-2)
 
     def forward(self, x, routing=None):
-        """x (..., in) -> (..., out), in x's dtype. `routing`, if given, is a list that receives the weights (..., E)."""
+        """x (..., in) -> (..., out), in x's dtype. `routing`: a list that receives the weights (..., E)."""
         shape, x = x.shape[:-1], x.reshape(-1, self.in_features)                     # (B*T, in)
-        # A and R read the same x: one product. Besides x, the backward pass keeps nothing wider than its output
+        # A and R read the same x: one product. Besides x, backward keeps nothing wider than its output
         narrow = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
         z, logits = F.linear(x, narrow.to(x.dtype)).tensor_split((len(self.lora_A),), -1)
         w = self.compete(logits)                                                     # (B*T, E)
@@ -114,10 +115,11 @@ class TeamLoRALinear(nn.Linear):
         return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, -1)               # (..., out)
 
     def update(self):
-        """What the adapter adds to `weight`, (out, in), in fp32. Raises InputError if it depends on the token."""
+        """What the adapter adds to `weight`, (out, in), in fp32; InputError if it depends on the token."""
         if self.router is not None and self.n_experts > 1:
-            raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its base: their "
-                             "weights depend on the token; lora and every method with n_experts=1 can")
+            raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its "
+                             "base: their weights depend on the token; lora and every method with "
+                             "n_experts=1 can")
         A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
         w = self.route(A.new_zeros(self.in_features))        # (E,), the same for every token
         return B @ self.weighted(A.T, w * (self.alpha / self.rank)).T
@@ -141,7 +143,7 @@ class LoRALinear(TeamLoRALinear):
 class MoELoRALinear(TeamLoRALinear):
     """MoELoRA as the paper's baseline (LoRAMoE's layer, arXiv 2312.09979): softmax weights, which sum to 1.
 
-    Every expert has its own A_e; stacked, they are our lora_A, so shared A and separate A_e are the same function.
+    Every expert has its own A_e; stacked, they are our lora_A, so shared A and separate A_e are one function.
     """
 
     def __init__(self, *args, **kwargs):
@@ -153,7 +155,7 @@ class MoELoRALinear(TeamLoRALinear):
 
 
 class HydraLoRALinear(MoELoRALinear):
-    """HydraLoRA (Tian et al., arXiv 2404.19245): softmax weights; every expert sees the whole of one A of rank r."""
+    """HydraLoRA (Tian et al., arXiv 2404.19245): softmax weights; each expert sees all of one A of rank r."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -165,12 +167,13 @@ class HydraLoRALinear(MoELoRALinear):
 
 
 def published_loop(layer, x, routing=None):
-    """The forward of any of these layers as published, a loop over experts: to be timed, and the tests' reference.
+    """The forward of any of these layers as published, a loop over experts: timed, and the tests' reference.
 
-    MoELoRA and HydraLoRA evaluate A once per expert, TeamLoRA once; each expert then adds its (..., out) to the result.
+    MoELoRA and HydraLoRA evaluate A once per expert, TeamLoRA once; each expert then adds its (..., out).
     """
     E, r, A = layer.n_experts, layer.rank, layer.lora_A.to(x.dtype)
-    w = x.new_ones(*x.shape[:-1], E) if layer.router is None else F.linear(x, layer.router.to(x.dtype)).softmax(-1)
+    w = (x.new_ones(*x.shape[:-1], E) if layer.router is None else
+         F.linear(x, layer.router.to(x.dtype)).softmax(-1))
     if layer.interaction is not None:
         w = w + torch.einsum("...i,ij->...j", w, layer.interaction.to(x.dtype))
         w = E * w / w.sum(-1, keepdim=True)
@@ -180,15 +183,17 @@ def published_loop(layer, x, routing=None):
         zs = F.linear(x, A).split(r, -1)
     y = F.linear(x, layer.weight, layer.bias)
     for e, B_e in enumerate(layer.lora_B.to(x.dtype).split(r, 1)):
-        y += w[..., e:e + 1] * F.linear(F.dropout(zs[e], layer.dropout, layer.training), B_e) * (layer.alpha / r)
+        z = F.dropout(zs[e], layer.dropout, layer.training)
+        y += w[..., e:e + 1] * F.linear(z, B_e) * (layer.alpha / r)
     return y
 
 
-METHODS = {"teamlora": TeamLoRALinear, "lora": LoRALinear, "moelora": MoELoRALinear, "hydralora": HydraLoRALinear}
+METHODS = {"teamlora": TeamLoRALinear, "lora": LoRALinear, "moelora": MoELoRALinear,
+           "hydralora": HydraLoRALinear}
 
 
 def mean_usage(routing, mask):
-    """Mean weight of each expert over the tokens that are not padding: (L, B, T, E), mask (B, T) -> (L, E)."""
+    """Mean weight of each expert over the tokens that are not padding: (L, B, T, E), (B, T) -> (L, E)."""
     m = mask.to(routing.dtype)[..., None]                                            # (B, T, 1)
     return (routing * m).sum((1, 2)) / m.sum()
 
@@ -196,8 +201,8 @@ def mean_usage(routing, mask):
 def balance_loss(usage):
     """The balance term of usage (L, E): mean over layers of mean_e (usage_e - its mean over e)^2.
 
-    Where weights sum to E that mean is 1. The released code aims at 1/E there, which cannot be reached; the gradient
-    is the same. The paper says that it trains without this term, so its weight is 0 unless asked for.
+    Where weights sum to E that mean is 1. The released code aims at 1/E there, which cannot be reached; the
+    gradient is the same. The paper says that it trains without this term: its weight is 0 unless asked for.
     """
     return (usage - usage.mean(-1, keepdim=True)).square().mean()
 
@@ -230,16 +235,18 @@ def parameter_state(parameters):
 
 
 def load_parameters(parameters, state):
-    """Copy `state` (name -> tensor) into `parameters`. All or nothing: raises InputError if a name or a shape differs.
+    """Copy `state` (name -> tensor) into `parameters`, all or nothing; InputError if a name or shape differs.
 
-    Strict, because with B = 0 a wholly unmatched adapter would give exactly the base model and no other symptom.
+    Strict, because with B = 0 a wholly unmatched adapter would give exactly the base and no other symptom.
     """
     missing, unexpected = sorted(parameters.keys() - state.keys()), sorted(state.keys() - parameters.keys())
     if missing or unexpected or not parameters:
-        raise InputError(f"the adapter does not fit the model: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise InputError("the adapter does not fit the model: "
+                         f"missing {missing[:3]}, unexpected {unexpected[:3]}")
     for name, p in parameters.items():
         if p.shape != state[name].shape:
-            raise InputError(f"the adapter does not fit: {name} is {tuple(state[name].shape)}, not {tuple(p.shape)}")
+            raise InputError(f"the adapter does not fit: {name} is {tuple(state[name].shape)}, "
+                             f"not {tuple(p.shape)}")
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
@@ -294,7 +301,7 @@ def shapley_values(value):
 
 
 def shapley_interactions(value):
-    """Shapley interaction index of each pair of experts (Grabisch and Roubens, 1999): (2^E, ...) -> (E, E, ...).
+    """Shapley interaction index of each pair of experts (Grabisch, Roubens 1999): (2^E, ...) -> (E, E, ...).
 
     Above 0 a pair is worth more together than apart, below 0 they replace each other; the diagonal is 0.
     """

@@ -2,9 +2,9 @@
 
     pytest                  all of it, under two minutes on two cores, no network, tiny random weights
 
-Is the layer the paper's equation? Are the rivals fair? Is the model a Llama? Do weights load, or fail loudly? Is the
-benchmark honest? Do batches leave the mathematics alone? Does a run train what it says, and can it be resumed?
-Each docstring says which break the test catches.
+Is the layer the paper's equation? Are the rivals fair? Is the model a Llama? Do weights load, or fail loudly?
+Is the benchmark honest? Do batches leave the mathematics alone? Does a run train what it says, and can it be
+resumed? Each docstring says which break the test catches.
 """
 
 import io
@@ -28,20 +28,22 @@ import torch.nn.functional as F
 
 import data
 import train
-from model import (SCALING, AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights, read_json,
-                   read_safetensors, save_llama, write_safetensors)
+from model import (SCALING, AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights,
+                   read_json, read_safetensors, save_llama, write_safetensors)
 from teamlora import (METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters, balance_loss,
                       distribution, entropy, load_parameters, mean_usage, merge, mutual_information, only,
                       parameter_state, published_loop, restricted, shapley_interactions, shapley_values, top)
 
-TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3, num_attention_heads=6,
-                   num_key_value_heads=2, head_dim=10, rope_theta=500.0)     # head_dim unlike width / heads, odd vocabulary
+# head_dim unlike width / heads, odd vocabulary
+TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3,
+                   num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_theta=500.0)
 
 
 def tiny(method="teamlora", config=TINY, dtype=torch.float32, **adapter):
     """A tiny random Llama whose experts are no longer zero."""
     torch.manual_seed(1)
-    model = Llama(config, AdapterConfig(method=method, **{"rank": 3, "n_experts": 4, **adapter})).init_weights()
+    adapter = AdapterConfig(method=method, **{"rank": 3, "n_experts": 4, **adapter})
+    model = Llama(config, adapter).init_weights()
     randomise(model)
     return model.to(dtype)
 
@@ -97,7 +99,8 @@ def test_gradcheck(method):
     def run(x, *values):
         return torch.func.functional_call(layer, dict(zip(names, values)), (x,))
     values = [layer.get_parameter(n).detach().clone().requires_grad_() for n in names]
-    assert torch.autograd.gradcheck(run, (torch.randn(2, 5, dtype=torch.float64, requires_grad=True), *values))
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, (x, *values))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -111,12 +114,13 @@ def test_fresh_layer_is_its_base_bit_for_bit(method, bias):
 
 
 def test_initial_values():
-    """Catches a wrong init: A and R Kaiming-uniform with bound 1/sqrt(in), B zero, M uniform with diagonal zero."""
+    """Catches a wrong init: A and R Kaiming-uniform of bound 1/sqrt(in), B zero, M uniform of diagonal 0."""
     layer = TeamLoRALinear(400, 10, rank=8, n_experts=4)
     for p in (layer.lora_A, layer.router):
         assert 0.045 < p.abs().max() <= 0.05
     off_diagonal = layer.interaction[~torch.eye(4, dtype=torch.bool)]
-    assert layer.interaction.diagonal().eq(0).all() and off_diagonal.ne(0).all() and off_diagonal.abs().max() <= 0.1
+    assert layer.interaction.diagonal().eq(0).all()
+    assert off_diagonal.ne(0).all() and off_diagonal.abs().max() <= 0.1
     assert layer.interaction.requires_grad and layer.lora_B.eq(0).all()
     assert (layer.lora_A.shape, layer.lora_B.shape, layer.router.shape) == ((32, 400), (10, 32), (4, 400))
 
@@ -136,7 +140,7 @@ def test_weights_sum_to_E_may_be_negative_and_are_fp32():
 
 
 def test_normaliser_is_guarded():
-    """Catches an unguarded 1 + phi (M 1): at 0 the update would be infinite, below 0 it would flip its sign."""
+    """Catches an unguarded 1 + phi (M 1): at 0 the update would be infinite, below 0 its sign would flip."""
     layer = layer_of("teamlora", 4, torch.float32)
     for row_sum in (-1.0, -1.5):
         with torch.no_grad():
@@ -150,7 +154,7 @@ def test_normaliser_is_guarded():
 
 
 def test_backward_keeps_nothing_wide_but_the_input():
-    """Catches an update (..., out), a scaled z per expert of width out, or x once more that autograd keeps alive."""
+    """Catches an update (..., out), a scaled z per expert of width out, or x again, that autograd keeps."""
     layer, kept = layer_of("teamlora", 4, torch.float32, n_in=640, n_out=512), {}
     x = torch.randn(2, 100, 640, requires_grad=True)
 
@@ -166,7 +170,7 @@ def test_backward_keeps_nothing_wide_but_the_input():
 
 
 def test_dropout_acts_on_z():
-    """Catches dropout on x: with A = identity on one input, dropping z zeroes whole rank rows, never mixes them."""
+    """Catches dropout on x: with A = identity on one input, dropping z zeroes whole rank rows, mixes none."""
     torch.manual_seed(0)
     layer = layer_of("teamlora", 1, torch.float32, n_in=4, n_out=4, rank=4, alpha=4.0, dropout=0.5)
     with torch.no_grad():
@@ -200,7 +204,8 @@ def test_lora_is_one_matmul_of_the_total_rank_with_scale_alpha_over_r():
     """Catches LoRA scaled by alpha / (E r), which would make it a weaker rival at equal flags."""
     layer = layer_of("lora", 4)
     x = torch.randn(6, 11, dtype=torch.float64)
-    assert torch.allclose(layer(x), x @ layer.weight.T + layer.alpha / 3 * (x @ layer.lora_A.T @ layer.lora_B.T))
+    update = layer.alpha / 3 * (x @ layer.lora_A.T @ layer.lora_B.T)
+    assert torch.allclose(layer(x), x @ layer.weight.T + update)
 
 
 def test_one_expert_is_plain_lora():
@@ -214,7 +219,7 @@ def test_one_expert_is_plain_lora():
 
 
 def test_balance_and_usage_leave_padding_out():
-    """Catches padding in the mean, a target of 1/E, and a term that is not zero when experts are used evenly."""
+    """Catches padding in the mean, a target of 1/E, a term that is not zero when experts are used evenly."""
     w = torch.rand(2, 3, 5, 4)
     mask = torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 0]], dtype=torch.bool)
     by_hand = (w[:, 0, :2].sum(1) + w[:, 1, :4].sum(1)) / 6
@@ -255,7 +260,8 @@ def naive_llama(model, tokens):
             heads = []
             for head in range(c.num_attention_heads):
                 mine, shared = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
-                scores = torch.stack([rotated(q[t, mine], t) @ rotated(k[s, shared], s) for s in range(t + 1)])
+                scores = torch.stack([rotated(q[t, mine], t) @ rotated(k[s, shared], s)
+                                      for s in range(t + 1)])
                 heads.append(torch.softmax(scores / math.sqrt(D), 0) @ v[:t + 1, shared])
             rows.append(torch.cat(heads))
         x = x + torch.stack(rows) @ layer["self_attn.o_proj.weight"].T
@@ -270,7 +276,8 @@ def test_model_equals_a_llama_written_naively():
     model = tiny("none", dtype=torch.float64)
     tokens = torch.randint(0, 101, (20,))
     with torch.no_grad():
-        assert (model(tokens[None])[0] - naive_llama(model, tokens)).abs().max() < 1e-6   # rotary tables are fp32
+        difference = model(tokens[None])[0] - naive_llama(model, tokens)
+        assert difference.abs().max() < 1e-6     # rotary tables are fp32
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -299,14 +306,14 @@ def test_cached_generation_equals_uncached(method):
     prompt = torch.randint(0, 101, (2, 5))
     runs = [model.generate(prompt, 20, use_cache=cached) for cached in (True, False)]
     assert torch.equal(*runs) and runs[0].shape[1] > 3
-    seeded = [model.generate(prompt, 9, temperature=0.8, top_k=5, generator=torch.Generator().manual_seed(3), use_cache=c)
-              for c in (True, False)]
+    seeded = [model.generate(prompt, 9, temperature=0.8, top_k=5, use_cache=c,
+                             generator=torch.Generator().manual_seed(3)) for c in (True, False)]
     assert torch.equal(*seeded)
 
 
 @pytest.mark.parametrize("cached, n", [(True, 64), (False, 8)])
 def test_prompts_of_mixed_lengths_are_answered_at_once_as_one_by_one(cached, n):
-    """Catches new tokens that see padding or count it into their position, and a first token read off the padding."""
+    """Catches new tokens that see padding or count it in their position, a first token read off padding."""
     model, rng = tiny(dtype=torch.float64), random.Random(0)
     prompts = [torch.randint(0, 101, (rng.randint(1, 40),)) for _ in range(n)]
     together = model.generate(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_value=7), 12,
@@ -341,7 +348,7 @@ def test_top_k_of_one_is_greedy():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_targets_are_adapted_and_everything_trains_after_two_steps(method):
-    """Catches a frozen adapter, a trainable base, and a target that is left out: at step 0 B = 0 stops A, R and M."""
+    """Catches a frozen adapter, a trainable base, a target left out: at step 0 B = 0 stops A, R and M."""
     torch.manual_seed(0)
     model = Llama(TINY, AdapterConfig(method=method, targets=("q_proj", "down_proj"))).init_weights()
     names = {n.rpartition(".")[2] for n, _ in adapter_layers(model)}
@@ -367,7 +374,7 @@ def test_full_trains_everything_and_none_nothing():
 
 
 def test_checkpointing_leaves_gradients_and_routing_alone():
-    """Catches reentrant checkpointing, which trains only the last layer of a frozen base, and doubled routing lists."""
+    """Catches reentrant checkpointing, which trains only a frozen base's last layer; doubled routing."""
     model, results = tiny(), []
     tokens = torch.randint(0, 101, (3, 12))
     for on in (False, True):
@@ -381,7 +388,7 @@ def test_checkpointing_leaves_gradients_and_routing_alone():
 
 
 def test_compiled_blocks_compute_the_same_and_compile_twice():
-    """Catches a compiled layer that differs, a graph break, a compilation per length, and one that checkpointing spoils."""
+    """Catches compiled layers that differ, checkpointed or not, a graph break, a compilation per length."""
     from torch._dynamo.testing import CompileCounterWithBackend
     torch._dynamo.reset()
     model, compiled, counter = tiny(), tiny(), CompileCounterWithBackend("eager")
@@ -395,9 +402,10 @@ def test_compiled_blocks_compute_the_same_and_compile_twice():
             loss.backward()
             results.append([loss.detach(), *(p.grad for p in adapter_parameters(m).values())])
         assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*results))
-    assert counter.frame_count == 2              # the first block, whose input needs no gradient, and all others
+    assert counter.frame_count == 2  # the first block, whose input needs no gradient, and all others
     assert torch.equal(model.generate(tokens[:, :3], 4), compiled.generate(tokens[:, :3], 4))
-    assert adapter_parameters(model).keys() == adapter_parameters(compiled).keys() and counter.frame_count == 2
+    assert adapter_parameters(model).keys() == adapter_parameters(compiled).keys()
+    assert counter.frame_count == 2
 
 
 def test_logits_never_exist_whole(monkeypatch):
@@ -417,7 +425,8 @@ def test_logits_never_exist_whole(monkeypatch):
         peaks.append(train.allocated_peak(run, "cpu"))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*results))
     # 8 bytes of fp32 per limit * 8 below: at the real limit of 2^25 logits no more than 1 GB
-    assert peaks[0] > 192 * 5000 * 4 * 2 and peaks[1] < 25 * 5000 * 4 * 8 and train.MAX_LOGITS * 4 * 8 <= 2 ** 30
+    assert peaks[0] > 192 * 5000 * 4 * 2 and peaks[1] < 25 * 5000 * 4 * 8
+    assert train.MAX_LOGITS * 4 * 8 <= 2 ** 30
 
 
 # ---- Do weights load, or fail loudly?
@@ -425,7 +434,8 @@ def test_logits_never_exist_whole(monkeypatch):
 def test_saved_llama_loads_to_the_same_logits(tmp_path):
     """Catches a lost or permuted key, a norm that is not read, a config that does not come back."""
     for i, tied in enumerate((False, True)):
-        model = tiny("none", train.replace(TINY, tie_word_embeddings=tied, eos_token_id=(2, 7), rms_norm_eps=1e-6))
+        config = train.replace(TINY, tie_word_embeddings=tied, eos_token_id=(2, 7), rms_norm_eps=1e-6)
+        model = tiny("none", config)
         with torch.no_grad():
             model.model.norm.weight.normal_()
         save_llama(model, tmp_path / str(i))
@@ -448,13 +458,14 @@ def test_pytorch_bin_and_adapters_load_beside_the_base(tmp_path):
     assert {p.dtype for p in loaded.base_parameters().values()} == {torch.bfloat16}
     tokens = torch.randint(0, 101, (2, 9))
     assert torch.equal(loaded(tokens), load_llama(tmp_path, dtype=torch.bfloat16)(tokens))
-    assert fingerprint(loaded) == fingerprint(model) != fingerprint(tiny("none", train.replace(TINY, head_dim=12)))
+    other = tiny("none", train.replace(TINY, head_dim=12))
+    assert fingerprint(loaded) == fingerprint(model) != fingerprint(other)
 
 
 def test_safetensors_round_trip_keeps_every_bit(tmp_path):
     """Catches a wrong dtype, shape or offset."""
-    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16), "c": torch.randn(2, 1, 3).half(),
-               "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}
+    tensors = {"a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16),
+               "c": torch.randn(2, 1, 3).half(), "scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}
     write_safetensors(tensors, tmp_path / "x")
     again = read_safetensors(tmp_path / "x")
     assert again.keys() == tensors.keys()
@@ -469,7 +480,7 @@ class Code:
 
 
 def write_hub(model, folder, suffix, n_shards, index):
-    """A Hugging Face folder as others write it: .safetensors or .bin, whole or in shards, with or without an index."""
+    """A Hugging Face folder as others write it: .safetensors or .bin, whole or in shards, maybe an index."""
     save_llama(model, folder)
     (folder / "model.safetensors").unlink()
     weights = {k: v.detach() for k, v in model.base_parameters().items()}
@@ -482,17 +493,20 @@ def write_hub(model, folder, suffix, n_shards, index):
             {k: v for j, (k, v) in enumerate(weights.items()) if j % n_shards == i}, folder / name)
     if index:
         weight_map = {k: names[j % n_shards] for j, k in enumerate(weights)}
-        (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+        path = folder / f"{stem}.{suffix}.index.json"
+        path.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
 def write_meta(model, folder, n_shards, embedding_axis, params):
     """A Meta folder, written from the published description of its layout, row by row."""
-    c, D, shards = model.config, model.config.head_dim, [{"rope.freqs": torch.ones(5)} for _ in range(n_shards)]
-    names = {"self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0), "lm_head": ("output", 0),
-             "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1), "norm": ("norm", None),
+    c, D = model.config, model.config.head_dim
+    shards = [{"rope.freqs": torch.ones(5)} for _ in range(n_shards)]
+    names = {"self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
+             "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
              "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.down_proj": ("feed_forward.w2", 1),
              "mlp.up_proj": ("feed_forward.w3", 0), "input_layernorm": ("attention_norm", None),
-             "post_attention_layernorm": ("ffn_norm", None), "embed_tokens": ("tok_embeddings", embedding_axis)}
+             "post_attention_layernorm": ("ffn_norm", None), "norm": ("norm", None),
+             "embed_tokens": ("tok_embeddings", embedding_axis), "lm_head": ("output", 0)}
     for name, p in model.base_parameters().items():
         layer, key = ("", name) if "layers" not in name else (name[6:].split(".")[1], name.split(".", 3)[3])
         meta, axis = names[key.removeprefix("model.").removesuffix(".weight")]
@@ -500,19 +514,21 @@ def write_meta(model, folder, n_shards, embedding_axis, params):
         if meta in ("attention.wq", "attention.wk"):
             halves = p.clone()
             for head in range(len(p) // D):
-                for i in range(D // 2):          # a pair stands side by side here, half a head apart at Hugging Face
-                    p[head * D + 2 * i], p[head * D + 2 * i + 1] = halves[head * D + i], halves[head * D + D // 2 + i]
+                for i in range(D // 2):  # a pair stands side by side here, half a head apart at Hugging Face
+                    p[head * D + 2 * i] = halves[head * D + i]
+                    p[head * D + 2 * i + 1] = halves[head * D + D // 2 + i]
         for i, shard in enumerate(shards):
             part = p if axis is None else p.chunk(n_shards, axis)[i].clone()
             shard[f"{f'layers.{layer}.' if layer else ''}{meta}.weight"] = part
     for i, shard in enumerate(shards):
         torch.save(shard, folder / f"consolidated.{i:02}.pth")
-    (folder / "params.json").write_text(json.dumps({"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "head_dim": D,
-        "n_heads": c.num_attention_heads, "norm_eps": c.rms_norm_eps, "multiple_of": 256} | params))
+    (folder / "params.json").write_text(json.dumps(
+        {"dim": c.hidden_size, "n_layers": c.num_hidden_layers, "head_dim": D,
+         "n_heads": c.num_attention_heads, "norm_eps": c.rms_norm_eps, "multiple_of": 256} | params))
 
 
 def same_logits(folder, model, dtype=torch.float32):
-    """Whether the folder's model computes what `model` does, over positions enough to show a wrong rotary layout."""
+    """Whether the folder's model computes what `model` does, over enough positions to show a wrong layout."""
     tokens = torch.randint(0, model.config.vocab_size, (2, 65))
     with torch.no_grad():
         return torch.equal(load_llama(folder, dtype=dtype)(tokens), model.to(dtype)(tokens))
@@ -522,14 +538,15 @@ def same_logits(folder, model, dtype=torch.float32):
 @pytest.mark.parametrize("n_shards, index", [(1, False), (1, True), (3, True), (3, False)])
 def test_every_hugging_face_layout_gives_the_same_logits(tmp_path, suffix, n_shards, index):
     """Catches a shard that is not read, an index that is trusted in vain, an inv_freq entry that disturbs."""
-    for i, (tied, dtype) in enumerate([(False, torch.float32), (True, torch.bfloat16), (False, torch.float16)]):
+    dtypes = (False, torch.float32), (True, torch.bfloat16), (False, torch.float16)
+    for i, (tied, dtype) in enumerate(dtypes):
         model = tiny("none", train.replace(TINY, tie_word_embeddings=tied), dtype)
         write_hub(model, tmp_path / str(i), suffix, n_shards, index)
         assert same_logits(tmp_path / str(i), model, dtype)
 
 
 def test_tied_head_may_be_stored_twice(tmp_path):
-    """Catches a head that is loaded beside the embedding it is tied to, and parameters in place of plain tensors."""
+    """Catches a head that is loaded beside the embedding it is tied to; parameters in place of tensors."""
     model = tiny("none", train.replace(TINY, tie_word_embeddings=True))
     save_llama(model, tmp_path)
     (tmp_path / "model.safetensors").unlink()
@@ -552,7 +569,7 @@ EIGHT = train.replace(TINY, vocab_size=104, num_attention_heads=16, num_key_valu
      {"rope_theta": 500.0, "n_kv_heads": 8, "use_scaled_rope": True})])
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_meta_layout_gives_the_same_logits(tmp_path, config, n_shards, axis, params, nested):
-    """Catches q or k permuted with the wrong heads, or not at all, and shards put together along the wrong axis."""
+    """Catches q or k permuted with the wrong heads, or not at all; shards put together along a wrong axis."""
     model = tiny("none", config)
     write_meta(model, tmp_path, n_shards, axis, params)
     if nested:
@@ -567,11 +584,14 @@ def test_every_meta_layout_gives_the_same_logits(tmp_path, config, n_shards, axi
     (lambda f, w: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
     (lambda f, w: (f / "params.json").write_text("{}"), "'dim' is missing"),
     (lambda f, w: (f / "params.json").write_text('{"dim": "48", "n_heads": 6}'), "wrong in params.json"),
-    (lambda f, w: (f / "params.json").write_text((f / "params.json").read_text().replace('rs": 3', 'rs": 1e9')),
+    (lambda f, w: (f / "params.json").write_text(
+        (f / "params.json").read_text().replace('rs": 3', 'rs": 1e9')),
      "params.json: num_hidden_layers is 1000000000.0, not a whole number"),
-    (lambda f, w: torch.save(w | {"layers.0.attention.wq.bias": torch.ones(30)}, f / "consolidated.00.pth"), "unexpected .*q_proj.bias"),
+    (lambda f, w: torch.save(w | {"layers.0.attention.wq.bias": torch.ones(30)}, f / "consolidated.00.pth"),
+     "unexpected .*q_proj.bias"),
     (lambda f, w: w.pop("norm.weight") is None or torch.save(w, f / "consolidated.01.pth"), None),
-    (lambda f, w: torch.save(w | {"layers.2.feed_forward.w2.weight": torch.ones(48, 27)}, f / "consolidated.01.pth"),
+    (lambda f, w: torch.save(w | {"layers.2.feed_forward.w2.weight": torch.ones(48, 27)},
+                             f / "consolidated.01.pth"),
      r"down_proj.weight has shape \(48, 28\) \+ \(48, 27\), its config says \(48, 56\)"),
     (lambda f, w: torch.save(w | {"code": Code()}, f / "consolidated.00.pth"), "it holds code, exec")])
 def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
@@ -588,9 +608,12 @@ def test_damaged_meta_folder_is_refused_by_name(tmp_path, spoil, message):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 @pytest.mark.parametrize("layout", ["safetensors", "Meta's shards"])
 def test_loading_holds_the_model_once(tmp_path, layout):
-    """Catches file pages that stay resident beside their copies, shards joined aside, a model built before it is filled."""
+    """Catches file pages kept beside their copies, shards joined aside, a model built before it is filled."""
     model = Llama(LlamaConfig(8000, 512, 2048, 6, 8, 8, 64))                         # 134 MB
-    write_hub(model, tmp_path, "safetensors", 2, True) if layout == "safetensors" else write_meta(model, tmp_path, 2, 1, {})
+    if layout == "safetensors":
+        write_hub(model, tmp_path, "safetensors", 2, True)
+    else:
+        write_meta(model, tmp_path, 2, 1, {})
     script = """if True:
         import sys
         from model import load_llama
@@ -599,21 +622,24 @@ def test_loading_holds_the_model_once(tmp_path, layout):
         before = memory("VmRSS")
         model = load_llama(sys.argv[1])
         print(memory("VmHWM") - before, *(p.nbytes for p in model.parameters()))"""
-    result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True,
-                            cwd=os.path.dirname(train.__file__))
+    result = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True,
+                            check=True, cwd=os.path.dirname(train.__file__))
     rise, *sizes = map(int, result.stdout.split())
     assert sum(sizes) < rise < 1.15 * sum(sizes) + max(sizes)
 
 
-LONG = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LONG = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
 
 
 @pytest.mark.parametrize("written, expected", [
     ({"rope_theta": 700.0}, None), ({"rope_parameters": {"rope_theta": 700.0, "rope_type": "default"}}, None),
-    ({"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
-    ({"rope_theta": 700.0, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
-    ({"rope_parameters": {"rope_theta": 700.0, "rope_type": "linear", "factor": 4.0}}, {"rope_type": "linear", "factor": 4.0}),
-    ({"rope_theta": 700.0, "rope_scaling": LONG}, LONG), ({"rope_parameters": {"rope_theta": 700.0, **LONG}}, LONG), ({}, None)])
+    ({"rope_theta": 700.0, "rope_scaling": {"type": "linear", "factor": 4.0}}, LINEAR),
+    ({"rope_theta": 700.0, "rope_scaling": LINEAR}, LINEAR),
+    ({"rope_parameters": {"rope_theta": 700.0, **LINEAR}}, LINEAR),
+    ({"rope_theta": 700.0, "rope_scaling": LONG}, LONG),
+    ({"rope_parameters": {"rope_theta": 700.0, **LONG}}, LONG), ({}, None)])
 def test_rotary_settings_of_both_generations_of_config(tmp_path, written, expected):
     """Catches a reader that knows one form and silently takes 10000, or leaves scaling out."""
     save_llama(tiny("none"), tmp_path)
@@ -626,10 +652,10 @@ def test_rotary_settings_of_both_generations_of_config(tmp_path, written, expect
     assert loaded.eos_token_id == (2, 9)
 
 
-VARIANTS = {"plain": TINY, "linear": train.replace(TINY, rope_scaling={"rope_type": "linear", "factor": 4.0}),
+VARIANTS = {"plain": TINY, "linear": train.replace(TINY, rope_scaling=LINEAR),
             "llama3": train.replace(TINY, rope_scaling=LONG, tie_word_embeddings=True),
             "one key/value head": train.replace(TINY, num_key_value_heads=1, rms_norm_eps=1e-6)}
-# logits 0, 50 and 100 at positions 0, 31 and 99, from transformers' LlamaForCausalLM in fp32 (see reference_logits)
+# logits 0, 50 and 100 at positions 0, 31 and 99, of transformers' LlamaForCausalLM, fp32 (reference_logits)
 GOLDEN = {
     "plain": [-0.8154, 0.7392, -0.5924, 0.5231, -0.2478, -0.0511, 1.5679, -2.5770, 3.3402],
     "linear": [-0.8154, 0.7392, -0.5924, 1.6939, -1.3760, 0.9269, 0.1827, -0.5991, 0.9584],
@@ -652,12 +678,13 @@ def reference_logits(model, tokens, folder):
     transformers = pytest.importorskip("transformers")
     save_llama(model, folder)
     with torch.no_grad():
-        return transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()(tokens).logits
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        return model.eval()(tokens).logits
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_logits_equal_those_that_transformers_computed(name):
-    """Catches rotary scaling that is left out or wrong beyond the original length, and every change of the mathematics."""
+    """Catches rotary scaling left out or wrong beyond the original length; any change of the mathematics."""
     model, tokens = by_formula(VARIANTS[name])
     with torch.no_grad():
         logits = model(tokens)[0]
@@ -675,7 +702,7 @@ def test_logits_equal_transformers_live(tmp_path, name):
 
 
 def test_adapter_loads_strictly():
-    """Catches an adapter that does not match and leaves B = 0, which would be the base model without a symptom."""
+    """Catches an adapter that does not match and leaves B = 0: the base model, without a symptom."""
     state = parameter_state(adapter_parameters(tiny()))
     model = Llama(TINY, AdapterConfig(rank=3))
     load_parameters(adapter_parameters(model), state)
@@ -705,10 +732,11 @@ def test_minicme_has_eleven_tasks_and_never_trains_on_test_questions():
         rows = [stream(i) for i in range(5000)]
         assert not asked & {(r.task, r.input) for r in rows}
         assert Counter(r.task for r in rows).keys() == split.keys()
-    corpus = data.corpus(1)                      # nor does the base read them, whatever separates their sentences
+    corpus = data.corpus(1)  # nor does the base read them, whatever separates their sentences
     read = " ".join(" ".join(corpus(i).output.split()) for i in range(0, 2 * data.N_LESSONS, 4))
     assert not [q for _, q in asked if " ".join(q.split()) in read]
-    assert split == data.minicme_held_out("test", 60) and data.minicme(3)(17) == data.minicme(3)(17) != data.minicme(4)(17)
+    assert split == data.minicme_held_out("test", 60)
+    assert data.minicme(3)(17) == data.minicme(3)(17) != data.minicme(4)(17)
 
 
 def test_cheap_tricks_do_not_solve_minicme():
@@ -720,7 +748,8 @@ def test_cheap_tricks_do_not_solve_minicme():
         words = [[w.strip(".?,") for w in r.input.split()] for r in rows]
         last = sum(r.output == w[-1] for r, w in zip(rows, words)) / len(rows)
         drawn = sum(r.output == rng.choice(w) for r, w in zip(rows, words)) / len(rows)
-        assert majority <= chance + 0.1 and last <= max(chance, 0.1) and drawn <= max(chance, 0.1), (task, majority, last)
+        best = max(chance, 0.1)
+        assert majority <= chance + 0.1 and last <= best and drawn <= best, (task, majority, last)
 
 
 def test_base_corpus_gives_no_instructions_but_knows_their_words(tokenizer):
@@ -740,7 +769,7 @@ def test_base_corpus_gives_no_instructions_but_knows_their_words(tokenizer):
 # ---- Do files, prompts and batches leave the data alone?
 
 def test_prompt_answer_border(tokenizer):
-    """Catches the end of sequence as text, a second bos, a supervised prompt, and prompt and answer tokenised as one."""
+    """Catches an eos as text, a second bos, a supervised prompt, prompt and answer tokenised as one."""
     e = data.encode(tokenizer, data.Row("t", "Answer the question.", "Where does Anna live?", "Tarn"))
     head = [1] + tokenizer.encode("Answer the question.\nWhere does Anna live?") + [2]
     assert e.ids == head + tokenizer.encode("Tarn") + [2] and e.n_prompt == len(head)
@@ -758,7 +787,8 @@ def test_templates(tokenizer):
     tokenizer.use("llama2")
     head = [1] + ids("[INST] Who is it?\nAnna or Ben [/INST]")
     assert data.encode(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
-    assert data.encode(tokenizer, row._replace(input="")).ids[:-2] == [1] + ids("[INST] Who is it? [/INST]") + ids("Anna")[:-1]
+    without = data.encode(tokenizer, row._replace(input=""))
+    assert without.ids[:-2] == [1] + ids("[INST] Who is it? [/INST]") + ids("Anna")[:-1]
     tokenizer.use("{input}{eos}{instruction}\\n{{A}}")
     head = [1] + ids("Anna or Ben") + [2] + ids("Who is it?\n{A}")
     assert data.encode(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
@@ -769,19 +799,24 @@ def test_templates(tokenizer):
     for wrong in ("chatml", "{instruction}{output}the end of the answer"):
         with pytest.raises(InputError, match="must be a single control word"):
             tokenizer.use(wrong)
-    for wrong in ("lama2", "{question}", "{instruction} {", "{instruction}{0}", "{input}", "{instruction}{instruction}"):
+    for wrong in ("lama2", "{question}", "{instruction} {", "{instruction}{0}", "{input}",
+                  "{instruction}{instruction}"):
         with pytest.raises(InputError, match="--template must be paper, llama2, llama3, chatml or a text"):
             tokenizer.use(wrong)
 
 
-def write_words(folder, words=("<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "hi", "\n"), bos=True):
+WORDS = "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "hi", "\n"
+
+
+def write_words(folder, words=WORDS, bos=True):
     """A tokenizer.json of whole words, with control words and perhaps a bos that opens every text."""
     tokenizers = pytest.importorskip("tokenizers")
     model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "hi"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
     model.add_special_tokens([w for w in words if w.startswith("<")])
     if bos:
-        model.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+        model.post_processor = tokenizers.processors.TemplateProcessing(
+            "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     model.save(str(folder / "tokenizer.json"))
 
 
@@ -793,7 +828,8 @@ def test_tokenizer_json_has_one_bos_and_its_control_words_are_ids(tmp_path):
         tokenizer.use("chatml")
         assert tokenizer.prefix == [0] * bos and tokenizer.end == 3 and tokenizer.size == 8
         ids = data.encode(tokenizer, data.Row("t", "hi", "", "hi")).ids
-        assert ids[:len(tokenizer.prefix) + 1] == [0] * bos + [2] and ids.count(3) == 2 and ids[-2:] == [6, 3] and 1 not in ids
+        assert ids[:len(tokenizer.prefix) + 1] == [0] * bos + [2] and ids[-2:] == [6, 3]
+        assert ids.count(3) == 2 and 1 not in ids
 
 
 def test_which_tokenizer_is_used(tmp_path, tokenizer, capsys):
@@ -824,11 +860,13 @@ def test_padding_is_masked_by_length_not_by_id():
 
 
 def test_files_and_folders_become_tasks(tmp_path):
-    """Catches an ignored "input", a task named wrongly, and a byte order mark or Windows line ends that break a file."""
-    rows = [{"instruction": "Say", "input": "a", "output": "b"}, {"instruction": "Say", "output": "c", "task": "other", "x": 1}]
+    """Catches an ignored "input", a task named wrongly, a file that a BOM or Windows line ends break."""
+    rows = [{"instruction": "Say", "input": "a", "output": "b"},
+            {"instruction": "Say", "output": "c", "task": "other", "x": 1}]
     rows.append({"instruction": "", "input": "asked here", "output": "d", "task": "other"})
     (tmp_path / "one.json").write_text(json.dumps(rows))
-    (tmp_path / "two.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n\r\n".join(json.dumps(r).encode() for r in rows) + b"\r\n")
+    lines = b"\r\n\r\n".join(json.dumps(r).encode() for r in rows)
+    (tmp_path / "two.jsonl").write_bytes(b"\xef\xbb\xbf" + lines + b"\r\n")
     rest = [("other", "Say", "", "c"), ("other", "", "asked here", "d")]
     expected = [("one", "Say", "a", "b"), *rest, ("two", "Say", "a", "b"), *rest]
     assert data.read_rows(str(tmp_path)) == expected
@@ -838,12 +876,14 @@ def test_files_and_folders_become_tasks(tmp_path):
 def test_long_rows_lose_prompt_never_answer(tokenizer, capsys):
     """Catches right truncation, which drops the answer and its end, and drops that nobody hears of."""
     words = " ".join(["Anna has the ball."] * 40)
-    rows = [data.Row("t", "Start here. " + words + " End there.", "", "the ball"), data.Row("t", "Say", "", words)]
+    rows = [data.Row("t", "Start here. " + words + " End there.", "", "the ball"),
+            data.Row("t", "Say", "", words)]
     examples = data.encode_rows(tokenizer, rows, 60, "train")
     assert len(examples) == 1 and len(examples[0].ids) == 60
     assert examples[0].ids[examples[0].n_prompt:] == tokenizer.encode("the ball") + [2]
     text = tokenizer.decode(examples[0].ids)
-    assert text.startswith("Start here.") and "End there." in text and examples[0].ids[examples[0].n_prompt - 1] == 2
+    assert text.startswith("Start here.") and "End there." in text
+    assert examples[0].ids[examples[0].n_prompt - 1] == 2
     assert "1 prompts shortened and 1 rows dropped of 2" in capsys.readouterr().out
     with pytest.raises(InputError, match="no supervised token"):
         data.encode_rows(tokenizer, rows[1:], 60, "train")
@@ -869,7 +909,8 @@ def test_stream_visits_every_example_once_per_epoch():
 def test_cut_is_the_cheapest_of_all():
     """Catches padding that another cut would save, and micro-batches too small to be worth their start."""
     rng = random.Random(1)
-    examples = sorted((data.Example("t", [1] * rng.randint(2, 200), 1) for _ in range(9)), key=lambda e: len(e.ids))
+    examples = [data.Example("t", [1] * rng.randint(2, 200), 1) for _ in range(9)]
+    examples.sort(key=lambda e: len(e.ids))
 
     def cost(batches):
         return sum(data.collate(b)[0].numel() + 32 for b in batches)
@@ -906,7 +947,8 @@ def test_any_cut_gives_the_same_gradient(tokenizer, balance):
         model.zero_grad()
         batches = [data.collate(b) for b in data.cut(examples, budget, overhead=budget)]
         loss, n = train.accumulate_gradients(model, batches, balance)
-        results.append((len(batches), float(loss), n, [p.grad.clone() for p in adapter_parameters(model).values()]))
+        gradients = [p.grad.clone() for p in adapter_parameters(model).values()]
+        results.append((len(batches), float(loss), n, gradients))
     assert results[0][0] == 1 and results[2][0] > 10
     for _, loss, n, gradients in results[1:]:
         assert math.isclose(loss, results[0][1], rel_tol=1e-10) and n == results[0][2]
@@ -924,13 +966,15 @@ def test_balance_gradient_equals_autograd_of_the_term(tokenizer):
     hidden, routing = model.hidden(batch[0], want_routing=True)
     losses, _ = model.token_losses(hidden, batch[1])
     (losses.mean() + 0.7 * balance_loss(mean_usage(routing, batch[2]))).backward()
-    assert all(torch.allclose(a, p.grad, rtol=1e-8, atol=1e-12) for a, p in zip(ours, adapter_parameters(model).values()))
+    assert all(torch.allclose(a, p.grad, rtol=1e-8, atol=1e-12)
+               for a, p in zip(ours, adapter_parameters(model).values()))
 
 
 # ---- Does a run do what it says?
 
 BASE = ["--base_steps=3", "--base_width=64", "--base_layers=2", "--base_batch_size=4"]
-REAL = ["--device=cpu", "--batch_size=11", "--val_examples=3", "--rank=2", "--log_every=1", "--warmup=0.2", "--save_every=4"]
+REAL = ["--device=cpu", "--batch_size=11", "--val_examples=3", "--rank=2", "--log_every=1", "--warmup=0.2",
+        "--save_every=4"]
 SMALL = BASE + REAL
 
 
@@ -941,10 +985,16 @@ def finished(tmp_path_factory):
     return out, train.main(SMALL + [f"--out_dir={out}", "--steps=20"])
 
 
+def prepared(out, mode):
+    """(model, tokenizer, fingerprint) as a mode finds them in the folder of a run."""
+    return train.prepare(*train.compose({"mode": mode, "out_dir": str(out), "device": "cpu"}))
+
+
 def same(a, b):
     """Whether two nested structures hold the same bits; what depends on wall-clock times apart."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k not in ("seconds", "tokens_per_second", "log_bytes"))
+        return a.keys() == b.keys() and all(
+            same(a[k], b[k]) for k in a if k not in ("seconds", "tokens_per_second", "log_bytes"))
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
@@ -955,10 +1005,11 @@ def test_summary_has_what_it_promises(finished):
     out, summary = finished
     written = json.loads((out / "summary.json").read_text())
     assert written == json.loads(json.dumps(summary))
-    assert {"method", "seed", "steps", "seconds", "tokens_per_second", "trainable_parameters", "total_parameters", "accuracy",
-            "chance", "base_accuracy", "mean_accuracy", "base_mean_accuracy", "val_loss", "expert_usage", "peak_memory_mb",
-            "device"} <= written.keys()
-    assert written["accuracy"].keys() == written["chance"].keys() == written["expert_usage"].keys() == data.TASKS.keys()
+    assert {"method", "seed", "steps", "seconds", "tokens_per_second", "trainable_parameters",
+            "total_parameters", "accuracy", "chance", "base_accuracy", "mean_accuracy", "base_mean_accuracy",
+            "val_loss", "expert_usage", "peak_memory_mb", "device"} <= written.keys()
+    for key in ("accuracy", "chance", "expert_usage"):
+        assert written[key].keys() == data.TASKS.keys()
     assert all(math.isclose(sum(u), 4, rel_tol=1e-3) for u in written["expert_usage"].values())
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [r["step"] for r in lines] == list(range(1, 21)) and lines[-1]["loss"] < lines[0]["loss"]
@@ -970,7 +1021,7 @@ def test_training_leaves_the_base_alone(finished):
     """Catches a run that changes the weights it calls frozen."""
     out, _ = finished
     weights = {k: v.clone() for k, v in open_weights(out / "base").items()}
-    model, *_ = train.prepare(*train.compose({"mode": "eval", "out_dir": str(out), "device": "cpu"}))
+    model, *_ = prepared(out, "eval")
     assert all(torch.equal(p, weights[n]) for n, p in model.base_parameters().items())
     assert any(p.abs().max() > 0 for n, p in adapter_parameters(model).items() if n.endswith("lora_B"))
 
@@ -989,15 +1040,17 @@ def test_sample_answers(finished, capsys):
     out, _ = finished
     capsys.readouterr()
     for more in ([], ["--method=none"]):
-        train.main(["--mode=sample", "--prompt=Where does Anna live?", f"--out_dir={out}", "--max_new_tokens=5"] + more)
+        train.main(["--mode=sample", "--prompt=Where does Anna live?", f"--out_dir={out}",
+                    "--max_new_tokens=5"] + more)
     assert "Anna" not in capsys.readouterr().err
 
 
 def test_without_a_prompt_every_line_is_answered_as_it_comes(finished, capsys, monkeypatch):
     """Catches a chat that drops a line, repeats what it printed, or answers otherwise than --prompt does."""
     out, _ = finished
-    questions, flags = ["Where does Anna live?", "Is it a hammer? 🙂"], ["--mode=sample", f"--out_dir={out}", "--max_new_tokens=9"]
-    model, tokenizer, _ = train.prepare(*train.compose({"mode": "sample", "out_dir": str(out), "device": "cpu"}))
+    questions = ["Where does Anna live?", "Is it a hammer? 🙂"]
+    flags = ["--mode=sample", f"--out_dir={out}", "--max_new_tokens=9"]
+    model, tokenizer, _ = prepared(out, "sample")
     cfg = train.Config(seed=0)
     asked = [data.encode(tokenizer, data.Row("", q, "", "")).ids[:-1] for q in questions]
     expected = [train.answers(model, tokenizer, [ids], cfg, 9)[0] for ids in asked]
@@ -1026,14 +1079,15 @@ def test_letters_of_several_tokens_are_printed_once_whole(tokenizer, capsys):
     assert out == text and "\ufffd" not in out
 
 
-@pytest.mark.parametrize("method, n_experts", [("lora", 4), ("teamlora", 1), ("moelora", 1), ("hydralora", 1)])
+@pytest.mark.parametrize("method, n_experts", [
+    ("lora", 4), ("teamlora", 1), ("moelora", 1), ("hydralora", 1)])
 def test_merged_model_computes_the_same(method, n_experts):
     """Catches a wrong scale or a transposed product in the merge, at an alpha that is not the default."""
     model = tiny(method, n_experts=n_experts, alpha=5.0, targets=("q_proj", "up_proj", "down_proj"))
     with torch.no_grad():
         for _, layer in adapter_layers(model):
             if layer.interaction is not None:
-                layer.interaction.fill_(-0.95)   # 1 + M is below the guard, so that the constant weight is not 1
+                layer.interaction.fill_(-0.95)   # 1 + M is below the guard: the constant weight is not 1
         tokens = torch.randint(0, 101, (2, 65))
         expected, base = model(tokens), tiny("none")(tokens)
         merge(model)
@@ -1058,13 +1112,15 @@ def test_export_writes_a_plain_llama(finished, tmp_path, capsys):
     (tmp_path / "base").symlink_to(finished[0] / "base")
     train.main(SMALL + [f"--out_dir={tmp_path}", "--steps=4", "--method=lora", "--template=llama2"])
     train.main([f"--out_dir={tmp_path}", f"--export={tmp_path}/merged", "--device=cpu"])
-    model, tokenizer, _ = train.prepare(*train.compose({"mode": "eval", "out_dir": str(tmp_path), "device": "cpu"}))
+    model, tokenizer, _ = prepared(tmp_path, "eval")
     exported, tokens = load_llama(tmp_path / "merged"), torch.randint(0, tokenizer.size, (2, 65))
     with torch.no_grad():
         assert (exported(tokens) - model(tokens)).abs().max() < 1e-4
-    assert not torch.equal(exported.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+    assert not torch.equal(exported.model.layers[0].mlp.up_proj.weight,
+                           model.model.layers[0].mlp.up_proj.weight)
     assert data.open_tokenizer(tmp_path / "merged", 2).size == tokenizer.size
-    for out, name, message in (tmp_path, "merged", "exists already"), (finished[0], "other", "depend on the token"):
+    for out, name, message in ((tmp_path, "merged", "exists already"),
+                               (finished[0], "other", "depend on the token")):
         with pytest.raises(SystemExit, match=message):
             train.main([f"--out_dir={out}", f"--export={tmp_path / name}", "--device=cpu"])
     assert not (tmp_path / "other").exists() and not (tmp_path / "other.tmp").exists()
@@ -1112,7 +1168,7 @@ def test_step_with_infinite_gradient_is_skipped_and_counted(tokenizer):
 
 
 def test_loop_reads_nothing_from_the_device_between_log_lines(tokenizer):
-    """Catches a loop that waits for the GPU: on the meta device nothing can be read, so the first reading is an error."""
+    """Catches a loop that waits for the GPU: on the meta device the first reading of anything is an error."""
     model = tiny(config=train.replace(TINY, vocab_size=tokenizer.size)).to("meta")
     stream, asked = data.minicme(0), []
 
@@ -1128,19 +1184,21 @@ def test_loop_reads_nothing_from_the_device_between_log_lines(tokenizer):
 
 
 def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
-    """Catches a mean of means over processes, adapters that drift apart, examples lost or counted twice, two writers."""
-    flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3", "--max_tokens=512", "--max_length=512"]
+    """Catches a mean of means of processes, adapters drifting apart, lost or double examples, two writers."""
+    flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3",
+                     "--max_tokens=512", "--max_length=512"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "base").symlink_to(finished[0] / "base")
     one = train.main(flags + [f"--out_dir={tmp_path}/one"])
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*torchrun, train.__file__, *flags, f"--out_dir={tmp_path}/two"], capture_output=True, text=True,
-                         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+    run = subprocess.run([*torchrun, train.__file__, *flags, f"--out_dir={tmp_path}/two"],
+                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                         timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("mean accuracy") == 1
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
-    logs = [[json.loads(line) for line in (tmp_path / d / "log.jsonl").read_text().splitlines()] for d in ("one", "two")]
+    logs = [read_log(tmp_path / d) for d in ("one", "two")]
     assert len(logs[0]) == len(logs[1]) == 4
     for a, b in zip(*logs):
         assert a["supervised_tokens"] == b["supervised_tokens"]
@@ -1156,9 +1214,9 @@ def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
 
 
 def test_exact_match_is_what_greedy_decoding_produces(finished):
-    """Catches an accuracy that teacher forcing flatters: it must equal generation, end of sequence included."""
+    """Catches an accuracy that teacher forcing flatters: it must equal generation, its end included."""
     out, _ = finished
-    model, tokenizer, _ = train.prepare(*train.compose({"mode": "eval", "out_dir": str(out), "device": "cpu"}))
+    model, tokenizer, _ = prepared(out, "eval")
     stream = data.minicme(0)
     model = tiny("full", train.replace(model.config))
     examples = [data.encode(tokenizer, stream(i)) for i in range(16)]
@@ -1167,8 +1225,8 @@ def test_exact_match_is_what_greedy_decoding_produces(finished):
         train.accumulate_gradients(model, [data.collate(examples[:8])])
         optimizer.step()
         optimizer.zero_grad()
-    greedy = [model.generate(torch.tensor([e.ids[:e.n_prompt]]), len(e.ids) - e.n_prompt)[0].tolist() == e.ids[e.n_prompt:]
-              for e in examples]
+    greedy = [model.generate(torch.tensor([e.ids[:e.n_prompt]]), len(e.ids) - e.n_prompt)[0].tolist()
+              == e.ids[e.n_prompt:] for e in examples]
     results = train.evaluate(model, {"t": examples}, 10 ** 6)
     assert results["t"]["accuracy"] == sum(greedy) / 16 and 0 < sum(greedy) < 16
 
@@ -1176,11 +1234,13 @@ def test_exact_match_is_what_greedy_decoding_produces(finished):
 def test_real_folder_and_files_take_the_same_road(finished, tmp_path):
     """Catches a run with --init_from that differs from the built-in one, or that loses a task."""
     for task, n in (("colours", 40), ("sizes", 30)):
-        rows = [{"instruction": f"{task}: which is number {i}?", "output": f"it is {i % 3} 🙂"} for i in range(n)]
+        rows = [{"instruction": f"{task}: which is number {i}?", "output": f"it is {i % 3} 🙂"}
+                for i in range(n)]
         (tmp_path / f"{task}.json").write_text(json.dumps(rows))
-    summary = train.main(REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}", f"--out_dir={tmp_path}/out", "--steps=4",
-                                  "--val_share=0.2", "--method=lora"])
-    assert summary["accuracy"].keys() == {"colours", "sizes"} and summary["val_loss"] < summary["base_val_loss"]
+    summary = train.main(REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}", "--method=lora",
+                                 f"--out_dir={tmp_path}/out", "--steps=4", "--val_share=0.2"])
+    assert summary["accuracy"].keys() == {"colours", "sizes"}
+    assert summary["val_loss"] < summary["base_val_loss"]
     assert not (tmp_path / "out" / "base").exists()
 
 
@@ -1192,7 +1252,8 @@ def test_computed_memory_is_the_measured_one(checkpointing, dtype):
     """Catches a formula that forgets a part: the README's table for a 7B comes from it."""
     torch.manual_seed(0)
     config = train.replace(TINY, vocab_size=2000, hidden_size=96, intermediate_size=256, num_hidden_layers=5)
-    cfg, arm = train.Config(checkpointing=checkpointing, max_length=128, max_tokens=512), train.Arm("teamlora", 4, 8, 5)
+    cfg = train.Config(checkpointing=checkpointing, max_length=128, max_tokens=512)
+    arm = train.Arm("teamlora", 4, 8, 5)
     base = Llama(config).init_weights().to(dtype)
     batches = train.bench_batches(cfg, 2000, 1.0)
     step, _, held = train.bench_runs(train.bench_model(base, arm, cfg), arm, batches, cfg)
@@ -1202,15 +1263,17 @@ def test_computed_memory_is_the_measured_one(checkpointing, dtype):
 
 
 def test_arms_share_the_base_and_looped_arms_compute_the_same():
-    """Catches an arm with weights of its own, a looped arm that is not looped, and a limit without a backward pass."""
+    """Catches an arm with weights of its own, a looped arm that is none, a limit without a backward pass."""
     base, cfg = tiny("none"), train.Config(max_length=16, max_tokens=64)
     x = torch.randint(0, 101, (2, 9))
     for method in ("teamlora", "moelora", "hydralora"):
-        fused, looped = (train.bench_model(base, train.Arm(method, 4, 3, 2, loop), cfg) for loop in (False, True))
+        fused, looped = (train.bench_model(base, train.Arm(method, 4, 3, 2, loop), cfg)
+                         for loop in (False, True))
         randomise(fused)
         load_parameters(adapter_parameters(looped), parameter_state(adapter_parameters(fused)))
         assert len(fused.model.layers) == 2 and torch.allclose(fused(x), looped(x), atol=1e-4)
-        calls = [sum(e.key == "aten::linear" and e.count for e in profile_of(lambda: m(x))) for m in (fused, looped)]
+        calls = [sum(e.key == "aten::linear" and e.count for e in profile_of(lambda: m(x)))
+                 for m in (fused, looped)]
         assert calls[1] > calls[0] + 6 * 4       # four experts in each of six layers
         for m in (fused, looped):
             assert all(p is dict(base.named_parameters())[n] for n, p in m.base_parameters().items())
@@ -1230,16 +1293,19 @@ def test_bench_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(train.SIZES, "tiny", TINY)
     rows = [{"instruction": "say " * n, "output": "it"} for n in range(4, 24)]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    train.main(["--mode=bench", "--size=tiny", "--device=cpu", "--bench_layers=2", "--bench=2,spread,growth", "--max_length=20",
-                "--max_tokens=80", "--bench_rounds=1", "--batch_size=9", f"--data={tmp_path}/rows.json", f"--out_dir={tmp_path}"])
+    train.main(["--mode=bench", "--size=tiny", "--device=cpu", "--bench_layers=2", "--bench=2,spread,growth",
+                "--max_length=20", "--max_tokens=80", "--bench_rounds=1", "--batch_size=9",
+                f"--data={tmp_path}/rows.json", f"--out_dir={tmp_path}"])
     written = json.loads((tmp_path / "bench.json").read_text())
-    assert all({"name", "method", "n_experts", "looped", "step_ms", "inference_ms", "over_limit", "tokens_per_second",
-                "utilisation", "peak_memory_mb"} <= r.keys() for r in written)
+    assert all({"name", "method", "n_experts", "looped", "step_ms", "inference_ms", "over_limit",
+                "tokens_per_second", "utilisation", "peak_memory_mb"} <= r.keys() for r in written)
     everything = {(r["method"], r["looped"]) for r in written if r["group"] == "2"} - {("peft", False)}
     assert everything == {("none", False), ("lora", False)} | {
         (m, loop) for m in ("teamlora", "moelora", "hydralora") for loop in (False, True)}
-    assert [(r["n_experts"], r["rank"]) for r in written if r["group"] == "spread"][1:] == [(n, 32 // n) for n in (1, 2, 4, 8, 16)]
-    assert all(r["over_limit"] == 1 for r in written if r["method"] == "none") and all(r["step_ms"] > 0 for r in written)
+    spread = [(r["n_experts"], r["rank"]) for r in written if r["group"] == "spread"]
+    assert spread[1:] == [(n, 32 // n) for n in (1, 2, 4, 8, 16)]
+    assert all(r["over_limit"] == 1 for r in written if r["method"] == "none")
+    assert all(r["step_ms"] > 0 for r in written)
     assert 9 * 8 < written[0]["tokens"] < 9 * 20 and written[0]["layers"] == 2
     assert "spread over E" in capsys.readouterr().out
 
@@ -1256,15 +1322,21 @@ FLAGS |= {
     "--max_length=1022 --max_tokens=1022": "padding makes 1024", "--data=" + "x" * 5000: "too long",
     "--max_length=9 --max_tokens=99": "built-in texts", "--out_dir={bad}/half.json": "must be a folder",
     "--data={bad}/none.json": "cannot be read", "--data={bad}/half.json,": "a name is missing",
-    "--data={bad}/adapter_code": "no .json or .jsonl file", "--init_from={bad}/half.json": "neither config.json",
+    "--data={bad}/adapter_code": "no .json or .jsonl file",
+    "--init_from={bad}/half.json": "neither config.json",
     "--data={bad}/half.json --out_dir={bad}/new": "row 2", "--resume --steps=21": "--steps=21 contradicts",
-    "--init_from={bad}/nowhere": "nowhere: neither config.json", "--mode=eval --rank=3": "--rank=3 contradicts",
-    "--mode=eval --out_dir={bad}/none": "adapter.pt does not exist", "--mode=sample --prompt=\n": "the prompt is missing, empty",
-    "--mode=sample --prompt=\udcff": "half of a surrogate pair", "--mode=sample --prompt=" + "Anna" * 2000: "tokens; give 1 to",
-    "--mode=bench --size=7b": "--size must be one of smollm2-135m", "--mode=bench --bench=x": "--bench takes numbers of experts",
-    "--mode=export": "--export=FOLDER", "--mode=eval --export=x": "--export=FOLDER", "--seeds=1,1": "--seeds must be distinct",
-    "--base_width=64 --init_from=x": "--base_width is about the built-in base", "--template=lama3": "--template must be",
-    "--template={{instruction.x}}": "--template must be", "--template={{instruction}}{{{{output}}}}": "--template must be"}
+    "--init_from={bad}/nowhere": "nowhere: neither config.json",
+    "--mode=eval --rank=3": "--rank=3 contradicts",
+    "--mode=eval --out_dir={bad}/none": "adapter.pt does not exist",
+    "--mode=sample --prompt=\n": "the prompt is missing, empty",
+    "--mode=sample --prompt=\udcff": "half of a surrogate pair",
+    "--mode=sample --prompt=" + "Anna" * 2000: "tokens; give 1 to",
+    "--mode=bench --size=7b": "--size must be one of smollm2-135m",
+    "--mode=bench --bench=x": "--bench takes numbers of experts", "--mode=export": "--export=FOLDER",
+    "--mode=eval --export=x": "--export=FOLDER", "--seeds=1,1": "--seeds must be distinct",
+    "--base_width=64 --init_from=x": "--base_width is about the built-in base",
+    "--template=lama3": "--template must be", "--template={{instruction.x}}": "--template must be",
+    "--template={{instruction}}{{{{output}}}}": "--template must be"}
 GOOD, NESTED = '{"instruction": "x", "output": "y"}', "[" * 10 ** 5
 LONG = json.dumps([{"instruction": str(i), "output": "y " * 2000} for i in range(50)])
 DATA = {  # file of rows: what is said, what it holds
@@ -1286,7 +1358,8 @@ CONFIG = [  # a key of config.json, its value; None: it is missing
     ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_theta", -1),
     ("num_attention_heads", None), ("rope_theta", 10 ** 400), ("num_attention_heads", 3), ("head_dim", 31),
     ("hidden_size", "64"), ("num_hidden_layers", 10 ** 9), ("vocab_size", -1), ("rms_norm_eps", "1e-5"),
-    ("eos_token_id", [10 ** 6]), ("tie_word_embeddings", 1), ("partial_rotary_factor", 0.5), ("eos_token_id", [[1]]),
+    ("eos_token_id", [10 ** 6]), ("tie_word_embeddings", 1), ("partial_rotary_factor", 0.5),
+    ("eos_token_id", [[1]]),
     ("quantization_config", {"load_in_4bit": True})]
 
 
@@ -1310,8 +1383,8 @@ def endless(_):
 
 
 SAFE, PICKLE, PIECES = "model.safetensors", "pytorch_model.bin", "tokenizer.model"
-# Llama folder: what is said, {file: what it holds; None: it is missing; a function: of the good file; a dict: what
-# differs in config.json or among the weights}
+# Llama folder: what is said, {file: what it holds; None: it is missing; a function: of the good file; a dict:
+# what differs in config.json or among the weights}
 FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value) in enumerate(CONFIG)} | {
     "yarn": ("rope_type is 'yarn'", {"config.json": {"rope_scaling": {"type": "yarn", "factor": 2.0}}}),
     "half_scaled": ("'low_freq_factor' is missing", {
@@ -1320,7 +1393,8 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "rope": ("the rotary settings are [1]", {"config.json": {"rope_scaling": [1]}}),
     "no_heads": ("config.json: num_attention_heads is 0", {
         "config.json": {"num_attention_heads": 0, "head_dim": None}}),
-    "no_config": ("neither config.json (Hugging Face) nor params.json", {"config.json": None}), "bin_empty": ("damaged", {PICKLE: b""}),
+    "no_config": ("neither config.json (Hugging Face) nor params.json", {"config.json": None}),
+    "bin_empty": ("damaged", {PICKLE: b""}),
     "config_cut": ("config.json: cannot be read as JSON", {"config.json": "{"}),
     "config_deep": ("config.json: cannot be read as JSON", {"config.json": NESTED}),
     "no_weights": (f"neither {SAFE} nor {PICKLE}", {SAFE: None}),
@@ -1337,9 +1411,11 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "generation": ("generation_config.json: cannot be read", {"generation_config.json": "{"}),
     "index": ("weight_map is missing", {SAFE: None, f"{SAFE}.index.json": '{"weight_map": 1}'}),
     "path": ("path: b is missing", {SAFE: None, f"{SAFE}.index.json": '{"weight_map": {"a": "../b"}}'}),
-    "shard": ("model-00001-of-00002.safetensors is missing", {SAFE: None, "model-00002-of-00002.safetensors": b""}),
+    "shard": ("model-00001-of-00002.safetensors is missing", {
+        SAFE: None, "model-00002-of-00002.safetensors": b""}),
     "nested": ("model is dict; only tensors", {PICKLE: {"model": {}}}),
-    "integers": ("model.norm.weight is torch.int64; only", {PICKLE: {"model.norm.weight": torch.ones(64).long()}}),
+    "integers": ("model.norm.weight is torch.int64; only", {
+        PICKLE: {"model.norm.weight": torch.ones(64).long()}}),
     "code": ("it holds code, exec", {PICKLE: {"model.norm.weight": Code()}}),
     "bin_cut": ("damaged", {PICKLE: pickled([1])[:-9]}), "endless": ("no end-of-sequence", {PIECES: endless}),
     "bin_list": ("its content is list; only tensors", {PICKLE: pickled([1])}),
@@ -1357,9 +1433,11 @@ ADAPTERS = {  # adapter.pt: what is said, what differs in it or what it is
     "colour": ("colour is missing, unknown", {"config": {"colour": 1}}),
     "typed": ("rank is missing, unknown, of another type", {"config": {"rank": "8"}}),
     "number": ("a is missing, unknown, of another type", {"parameters": {"a": 1}}),
-    "nan": ("a is missing, unknown, of another type or not finite", {"parameters": {"a": torch.tensor(math.nan)}}),
-    "no_fingerprint": ("fingerprint is missing", {"fingerprint": None}), "no_parameters": ("missing", {"parameters": {}}),
-    "experts": ("lora_A is", {"config": {"n_experts": 3}}), "targets": ("missing", {"config": {"targets": ("q_proj",)}}),
+    "nan": ("a is missing, unknown, of another type or not finite", {
+        "parameters": {"a": torch.tensor(math.nan)}}),
+    "no_fingerprint": ("fingerprint is missing", {"fingerprint": None}),
+    "no_parameters": ("missing", {"parameters": {}}), "experts": ("lora_A is", {"config": {"n_experts": 3}}),
+    "targets": ("missing", {"config": {"targets": ("q_proj",)}}),
     "no_target": ("targets must be some of", {"config": {"targets": (1,)}}),
     "huge": ("--top_k must be below", {"config": {"top_k": 10 ** 30}}),
     "method": ("does not fit", {"config": {"method": "moelora"}}),
@@ -1418,9 +1496,11 @@ def test_bad_input_is_one_line_and_writes_nothing(finished, bad, flags, said):
 
 def test_bad_input_from_a_shell(finished, bad):
     """Catches an exit code of 0, and what only a real process prints after the sentence."""
-    for flags in ("--mode=sample --prompt=\udcff", "--mode=sample", "--mode=eval --out_dir={bad}/adapter_code"):
+    for flags in ("--mode=sample --prompt=\udcff", "--mode=sample",
+                  "--mode=eval --out_dir={bad}/adapter_code"):
         command = [sys.executable, train.__file__, f"--out_dir={finished[0]}", *flags.format(bad=bad).split()]
-        run = subprocess.run(command, capture_output=True, input=b"\xff\n", env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+        run = subprocess.run(command, capture_output=True, input=b"\xff\n",
+                             env=os.environ | {"PYTHONIOENCODING": "utf-8"})
         assert run.returncode == 1 and b"Traceback" not in run.stderr
         assert run.stderr.splitlines()[-1].startswith(b"error: ")
 
@@ -1582,8 +1662,9 @@ def read_log(out):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("steps, at", [(3, 1), (20, 6), (20, 19)], ids=["base", "middle", "last step"])
-def test_a_signal_finishes_the_step_and_tells_how_to_continue(finished, tmp_path, monkeypatch, capsys, number, steps, at):
-    """Catches a signal that tears a step, is forgotten, or leaves a command that does not continue; in making the base too."""
+def test_a_signal_finishes_the_step_and_tells_how_to_continue(
+        finished, tmp_path, monkeypatch, capsys, number, steps, at):
+    """Catches a signal that tears a step or is forgotten, a told command that does not continue; base too."""
     schedule = train.schedule
     monkeypatch.setattr(train, "schedule", lambda step, n, warmup: (
         signal.raise_signal(number) if (step, n) == (at, steps) else None) or schedule(step, n, warmup))
@@ -1596,7 +1677,8 @@ def test_a_signal_finishes_the_step_and_tells_how_to_continue(finished, tmp_path
     monkeypatch.undo()
     train.main(shlex.split(told.partition("python train.py ")[2]))
     if steps == 3:
-        assert (out / "base" / "model.safetensors").read_bytes() == (finished[0] / "base" / "model.safetensors").read_bytes()
+        made, whole = (f / "base" / "model.safetensors" for f in (out, finished[0]))
+        assert made.read_bytes() == whole.read_bytes()
         assert not (out / "base.tmp").exists() and not (out / "base" / "checkpoint.pt").exists()
     else:
         assert_same_run(finished, out)
@@ -1613,10 +1695,12 @@ def test_a_signal_while_the_tokenizer_is_made(tmp_path, monkeypatch, capsys):
 
 def test_second_signal_ends_at_once():
     """Catches a run that cannot be stopped while a step or a save hangs."""
-    code = ("import signal, train\nwith train.held_signals() as noted:\n    signal.raise_signal(signal.SIGINT)\n"
-            "    print(noted, flush=True)\n    signal.raise_signal(signal.SIGTERM)\n    print('still here')")
+    code = ("import signal, train\nwith train.held_signals() as noted:\n"
+            "    signal.raise_signal(signal.SIGINT)\n    print(noted, flush=True)\n"
+            "    signal.raise_signal(signal.SIGTERM)\n    print('still here')")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGTERM and "SIGINT" in done.stderr and "[2]" in done.stdout and "still here" not in done.stdout
+    assert done.returncode == -signal.SIGTERM and "SIGINT" in done.stderr
+    assert "[2]" in done.stdout and "still here" not in done.stdout
 
 
 def truncated(raw):
@@ -1631,9 +1715,10 @@ def flipped(raw):
     return raw[:len(raw) // 2] + bytes([raw[len(raw) // 2] ^ 1]) + raw[len(raw) // 2 + 1:]
 
 
-@pytest.mark.parametrize("damage", [truncated, zeroed, flipped, lambda raw: b"", None], ids=lambda d: getattr(d, "__name__", "gone"))
+@pytest.mark.parametrize("damage", [truncated, zeroed, flipped, lambda raw: b"", None],
+                         ids=lambda d: getattr(d, "__name__", "gone"))
 def test_damaged_checkpoint_falls_back_on_the_one_before(finished, tmp_path, capsys, damage):
-    """Catches damage that is loaded or that ends the run; None is a kill between the two renames of a save."""
+    """Catches damage that is loaded or ends the run; None is a kill between the two renames of a save."""
     assert train.main(run_like(finished, tmp_path, "--stop_after=10")) is None
     newest, before = tmp_path / "checkpoint.pt", tmp_path / "previous_checkpoint.pt"
     assert [torch.load(p, weights_only=True)["totals"]["step"] for p in (newest, before)] == [10, 8]
@@ -1664,8 +1749,10 @@ def test_every_flipped_bit_is_noticed_or_changes_nothing(finished, tmp_path):
     assert refused > 100
 
 
-@pytest.mark.parametrize("name", ["adapter.pt", "checkpoint.pt", "base.tmp/checkpoint.pt", "pytorch_model.bin"])
-@pytest.mark.parametrize("dump", [torch.save, lambda code, path: path.write_bytes(pickle.dumps(code))], ids=["zip", "pickle"])
+@pytest.mark.parametrize("name", [
+    "adapter.pt", "checkpoint.pt", "base.tmp/checkpoint.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("dump", [torch.save, lambda code, path: path.write_bytes(pickle.dumps(code))],
+                         ids=["zip", "pickle"])
 def test_code_in_a_file_is_refused_and_does_not_run(finished, tmp_path, name, dump):
     """Catches a load without weights_only."""
     path = tmp_path / name
@@ -1681,7 +1768,7 @@ def test_code_in_a_file_is_refused_and_does_not_run(finished, tmp_path, name, du
 
 
 def test_adapter_that_does_nothing_is_reported(finished, tmp_path, capsys):
-    """Catches an adapter whose B was never written: it gives exactly the base model, with no other symptom."""
+    """Catches an adapter whose B was never written: it is exactly the base model, with no other symptom."""
     saved = torch.load(finished[0] / "adapter.pt", weights_only=True)
     for name, p in saved["parameters"].items():
         p.zero_() if name.endswith("lora_B") else None
@@ -1693,7 +1780,8 @@ def test_adapter_that_does_nothing_is_reported(finished, tmp_path, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(finished, tmp_path, monkeypatch, capsys):
+def test_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(
+        finished, tmp_path, monkeypatch, capsys):
     """Catches a failed save that ends the run, or that takes the checkpoint before it along."""
     seen, schedule = [], train.schedule
 
@@ -1769,8 +1857,10 @@ def test_many_steps_that_are_not_finite_stop_the_run(finished, tmp_path, monkeyp
 
 def test_folder_is_locked_by_a_run_and_freed_by_its_death(finished, tmp_path):
     """Catches two runs that write into one folder, and a killed run whose lock stays behind."""
-    code = f"import train, sys\ntrain.lock(train.Path({str(tmp_path)!r}))\nprint('held', flush=True)\nsys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+    code = (f"import train, sys\ntrain.lock(train.Path({str(tmp_path)!r}))\n"
+            "print('held', flush=True)\nsys.stdin.read()")
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as holder:
         assert holder.stdout.readline() == b"held\n"
         run_like(finished, tmp_path)
         before = files_in(tmp_path)
@@ -1779,22 +1869,25 @@ def test_folder_is_locked_by_a_run_and_freed_by_its_death(finished, tmp_path):
                 train.main(run_like(finished, tmp_path, more))
         assert files_in(tmp_path) == before
         holder.kill()
-    assert (tmp_path / "lock").exists() and train.main(run_like(finished, tmp_path, "--steps=1"))["steps"] == 1
+    assert (tmp_path / "lock").exists()
+    assert train.main(run_like(finished, tmp_path, "--steps=1"))["steps"] == 1
 
 
 def test_unfinished_run_is_not_overwritten(finished, tmp_path):
     """Catches a forgotten --resume that throws a night's work away."""
     assert train.main(run_like(finished, tmp_path, "--stop_after=2")) is None
     before = files_in(tmp_path)
-    with pytest.raises(SystemExit, match="at step 2 of 20 of a run that has not ended: continue it with --resume"):
+    with pytest.raises(SystemExit, match="at step 2 of 20 of a run that has not ended: "
+                                         "continue it with --resume"):
         train.main(run_like(finished, tmp_path))
     assert files_in(tmp_path) == before
 
 
 def test_resuming_on_other_rows_is_refused(finished, tmp_path):
-    """Catches a data file that changed between two parts of a run, and a resumed run that wants its paths again."""
+    """Catches a data file that changed between parts of a run, a resumed run that wants its paths again."""
     rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
-    flags = REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}/rows.json", f"--out_dir={tmp_path}", "--steps=4"]
+    flags = REAL + [f"--init_from={finished[0]}/base", f"--data={tmp_path}/rows.json",
+                    f"--out_dir={tmp_path}", "--steps=4"]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     assert train.main(flags + ["--stop_after=2"]) is None
     (tmp_path / "rows.json").write_text(json.dumps(rows[:-1]))
@@ -1813,18 +1906,21 @@ def test_deterministic_flag_gives_the_same_bits_here(finished, tmp_path):
 
 
 slow = pytest.mark.skipif("SLOW" not in os.environ, reason="takes minutes; SLOW=1 pytest runs it")
-PROCESS = [sys.executable, str(Path(train.__file__)), "--device=cpu", "--base_steps=20", "--base_width=32", "--base_layers=1",
-           "--base_batch_size=2", "--batch_size=4", "--val_examples=2", "--rank=2", "--dropout=0.1", "--log_every=1", "--resume"]
+PROCESS = [sys.executable, str(Path(train.__file__)), "--device=cpu", "--base_steps=20", "--base_width=32",
+           "--base_layers=1", "--base_batch_size=2", "--batch_size=4", "--val_examples=2", "--rank=2",
+           "--dropout=0.1", "--log_every=1", "--resume"]
 
 
 @slow
 def test_thirty_kills_leave_no_trace(tmp_path):
-    """SIGKILL at 30 random moments, every second one while a checkpoint is being written; the same command line each time.
-    Catches any state that is lost, torn or done twice: base, adapters, optimizer and log must equal those of a run left alone."""
+    """SIGKILL at 30 random moments, every second one while a checkpoint is being written; the same command
+    line each time. Catches any state that is lost, torn or done twice: base, adapters, optimizer and log must
+    equal those of a run left alone."""
     command = [*PROCESS, "--steps=500", "--save_every=1"]
 
     def start(out):
-        return subprocess.Popen([*command, f"--out_dir={out}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([*command, f"--out_dir={out}"], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True)
 
     def saving(folder, since):
         """Whether a checkpoint is half written; what an earlier kill left behind does not count."""
@@ -1842,7 +1938,7 @@ def test_thirty_kills_leave_no_trace(tmp_path):
             n_runs += 1
             out = tmp_path / f"run {n_runs}"
         process, since = start(out), time.time()
-        if (n := sum(kills.values())) < 30:      # the first ten early, so that they hit the making of the base
+        if (n := sum(kills.values())) < 30:  # the first ten early, so that they hit the making of the base
             folder, deadline = (out / "base.tmp", since + rng.uniform(0, seconds / 3)) if n < 10 else (
                 out, since + rng.uniform(0, seconds / 2))
             while process.poll() is None and (time.time() < deadline or n % 2 and not saving(folder, since)):
@@ -1858,27 +1954,32 @@ def test_thirty_kills_leave_no_trace(tmp_path):
         if (out / "summary.json").exists():
             assert_same_run((whole,), out)
             assert [r["step"] for r in read_log(out)] == list(range(1, 501))
-            assert (out / "base" / "model.safetensors").read_bytes() == (whole / "base" / "model.safetensors").read_bytes()
+            made, first = (f / "base" / "model.safetensors" for f in (out, whole))
+            assert made.read_bytes() == first.read_bytes()
     print(f"\n{sum(kills.values())} kills survived in {n_runs} runs of {seconds:.0f} s: {dict(kills)}")
     assert sum(n for where, n in kills.items() if "save" in where) >= 5
 
 
 @slow
 def test_memory_stays_flat_over_twenty_thousand_steps(tmp_path):
-    """Catches whatever piles up: resident memory after 2,000 steps and later, the size of log and checkpoint."""
-    process = subprocess.Popen([*PROCESS, "--steps=20000", "--batch_size=1", "--save_every=500", f"--out_dir={tmp_path}"])
+    """Catches whatever piles up: resident memory after 2,000 steps and later, size of log and checkpoint."""
+    process = subprocess.Popen([*PROCESS, "--steps=20000", "--batch_size=1", "--save_every=500",
+                                f"--out_dir={tmp_path}"])
     resident = []
     while process.poll() is None:
         time.sleep(1)
         if (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "adapter.pt").exists():
-            kb = [line for line in Path(f"/proc/{process.pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
-            resident += [((tmp_path / "log.jsonl").read_bytes().count(b"\n"), int(kb[0].split()[1]))] if kb else []
+            status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+            kb = [line for line in status if line.startswith("VmRSS")]
+            steps = (tmp_path / "log.jsonl").read_bytes().count(b"\n")
+            resident += [(steps, int(kb[0].split()[1]))] if kb else []
     assert process.returncode == 0
     first = next(kb for step, kb in resident if step >= 2000)
     most = max(kb for step, kb in resident if step >= 2000)
     sizes = [(tmp_path / n).stat().st_size for n in ("previous_checkpoint.pt", "checkpoint.pt", "log.jsonl")]
-    print(f"\nresident: {first:,} kB after 2,000 steps, at most {most:,} kB later (+{most / first - 1:.2%}); checkpoint "
-          f"{sizes[1]:,} bytes, log {sizes[2]:,} bytes for {len(read_log(tmp_path)):,} steps")
+    print(f"\nresident: {first:,} kB after 2,000 steps, at most {most:,} kB later "
+          f"(+{most / first - 1:.2%}); checkpoint {sizes[1]:,} bytes, log {sizes[2]:,} bytes for "
+          f"{len(read_log(tmp_path)):,} steps")
     assert [r["step"] for r in read_log(tmp_path)] == list(range(1, 20001))
     assert most < 1.01 * first and abs(sizes[0] - sizes[1]) < 64
 
@@ -1896,7 +1997,7 @@ def test_every_flag_has_help(capsys):
 # ---- Are comparisons fair, and do the experts' values mean what they say?
 
 def test_collaboration_is_moelora_with_its_A_matrices_stacked():
-    """Catches a shared A that is more or less than one A per expert: MoELoRA written with E separate adapters."""
+    """Catches a shared A that is more or less than one A per expert: MoELoRA of E separate adapters."""
     layer = layer_of("moelora", 4)
     x = torch.randn(6, 11, dtype=torch.float64)
     A, B = layer.lora_A.split(3), layer.lora_B.split(3, dim=1)
@@ -1906,9 +2007,10 @@ def test_collaboration_is_moelora_with_its_A_matrices_stacked():
 
 
 def test_shapley_values_of_known_games():
-    """Catches wrong coalition weights: efficiency, symmetry, a null player, additivity, and games solved by hand."""
+    """Catches wrong coalition weights: efficiency, symmetry, null player, additivity, games done by hand."""
     def game(E, v):
-        return torch.tensor([float(v({e for e in range(E) if S >> e & 1})) for S in range(2 ** E)], dtype=torch.float64)
+        return torch.tensor([float(v({e for e in range(E) if S >> e & 1})) for S in range(2 ** E)],
+                            dtype=torch.float64)
 
     gloves = game(3, lambda S: 0 in S and bool(S & {1, 2}))                # one left glove, two right ones
     assert torch.allclose(shapley_values(gloves), torch.tensor([4, 1, 1], dtype=torch.float64) / 6)
@@ -1924,8 +2026,8 @@ def test_shapley_values_of_known_games():
 
 
 def test_shapley_interactions_of_known_games():
-    """Catches a sign or weight in the index: pairs that need each other, replace each other, or do not meet."""
-    together = torch.tensor([0., 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)         # 1 where experts 0 and 1 are in
+    """Catches a sign or weight in the index: pairs that need or replace each other, or do not meet."""
+    together = torch.tensor([0., 0, 0, 1, 0, 0, 0, 1], dtype=torch.float64)  # 1 where experts 0 and 1 are in
     either = torch.tensor([0., 1, 1, 1, 0, 1, 1, 1], dtype=torch.float64)
     for value, sign in ((together, 1), (either, -1)):
         index = shapley_interactions(value)
@@ -1934,7 +2036,7 @@ def test_shapley_interactions_of_known_games():
 
 
 def test_experts_switched_off_add_nothing_and_come_back():
-    """Catches a mask that does not reach every layer, one that outlives its block, and a twin not worth the same."""
+    """Catches a mask that misses a layer, one that outlives its block, and a twin not worth the same."""
     model = tiny(dtype=torch.float64, targets=("down_proj", "q_proj"))
     x = torch.randint(0, 101, (2, 9))
     whole, bare = model(x), tiny("full", dtype=torch.float64)
@@ -1948,7 +2050,7 @@ def test_experts_switched_off_add_nothing_and_come_back():
         raise KeyError
     assert torch.equal(model(x), whole)
     for _, layer in adapter_layers(model):
-        with torch.no_grad():                    # expert 3 dead, expert 1 a twin of expert 0, and M blind to which is which
+        with torch.no_grad():  # expert 3 dead, expert 1 a twin of expert 0, and M blind to which is which
             layer.lora_B[:, 9:] = 0
             for p in (layer.lora_A, layer.router):
                 n = len(p) // 4
@@ -1960,14 +2062,16 @@ def test_experts_switched_off_add_nothing_and_come_back():
         with restricted(model, only([e for e in range(4) if S >> e & 1])):
             values.append(-F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
     worth = shapley_values(torch.stack(values).detach())
-    assert worth[3] == 0 and torch.isclose(worth[0], worth[1], rtol=1e-10) and not torch.isclose(worth[0], worth[2])
+    assert worth[3] == 0 and torch.isclose(worth[0], worth[1], rtol=1e-10)
+    assert not torch.isclose(worth[0], worth[2])
 
 
 def test_top_k_keeps_the_largest_weights_and_their_sum():
-    """Catches a top-k over the wrong axis, one that rescales wrongly, and one that lets a small weight pass."""
+    """Catches a top-k over the wrong axis, one that rescales wrongly, one that lets a small weight pass."""
     w = torch.tensor([[0.5, 2.0, 1.6, -0.1], [1.0, 0.9, 1.1, 1.0]])
     assert torch.allclose(top(1)(w), torch.tensor([[0, 4.0, 0, 0], [0, 0, 4.0, 0]]))
-    assert torch.allclose(top(2)(w)[0], torch.tensor([0, 2.0, 1.6, 0]) * 4 / 3.6) and torch.allclose(top(4)(w), w)
+    assert torch.allclose(top(2)(w)[0], torch.tensor([0, 2.0, 1.6, 0]) * 4 / 3.6)
+    assert torch.allclose(top(4)(w), w)
 
 
 def test_load_and_specialisation_statistics():
@@ -1997,8 +2101,8 @@ def test_variants_are_of_one_size_and_one_effective_scale():
               (("moelora_sum_E", 64.0), ("moelora", 16.0))]
     layers[1].load_state_dict(randomise(torch.nn.Sequential(layers[0]))[0].state_dict())
     x = torch.randn(2, 6)                        # four times alpha is four times the weights
-    assert torch.allclose(layers[0](x) - F.linear(x, layers[0].weight), 4 * (layers[1](x) - F.linear(x, layers[1].weight)),
-                          atol=1e-5)
+    updates = [layer(x) - F.linear(x, layer.weight) for layer in layers]
+    assert torch.allclose(updates[0], 4 * updates[1], atol=1e-5)
 
 
 def test_paper_settings_are_one_flag_that_others_override(tmp_path):
@@ -2013,12 +2117,13 @@ def test_paired_interval_and_rank_correlation():
     assert d == pytest.approx(0.02) and half == pytest.approx(2.776 * 0.0070711 / 5 ** 0.5, rel=2e-3)
     assert train.interval([0.5]) == (0.5, None)
     a = torch.tensor([1.0, 2.0, 3.0, 9.0])
-    assert train.rank_correlation(a, a ** 3) == pytest.approx(1) and train.rank_correlation(a, -a) == pytest.approx(-1)
+    assert train.rank_correlation(a, a ** 3) == pytest.approx(1)
+    assert train.rank_correlation(a, -a) == pytest.approx(-1)
     assert train.rank_correlation(a, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.8944, abs=1e-4)
 
 
 def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
-    """Catches a rate chosen on test questions, a best rate at the edge left there, and finished runs made again."""
+    """Catches a rate chosen on test questions, a best rate at the edge left so, finished runs made again."""
     (tmp_path / "base").symlink_to(finished[0] / "base")
     flags = SMALL + ["--mode=compare", f"--out_dir={tmp_path}", "--steps=2", "--seeds=0,1"]
     table = train.main(flags + ["--methods=none,lora,teamlora", "--learning_rates=1e-3,1e-2"])
@@ -2043,11 +2148,12 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
 
 
 def test_shapley_mode_explains_the_whole_gain(finished, capsys):
-    """Catches coalitions that are not what they are called: values must sum to v(all) - v(none) for every task."""
+    """Catches coalitions misnamed: the values must sum to v(all) - v(none) for every task."""
     out, _ = finished
     result = train.main(["--mode=shapley", f"--out_dir={out}", "--device=cpu"])
     full = train.main(["--mode=eval", f"--out_dir={out}", "--device=cpu"])
-    bare = train.main(["--mode=eval", "--method=none", f"--out_dir={out}", "--device=cpu", "--val_examples=3"])
+    bare = train.main(["--mode=eval", "--method=none", f"--out_dir={out}", "--device=cpu",
+                       "--val_examples=3"])
     for key, sign in (("accuracy", 1), ("loss", -1)):
         gain = torch.tensor([sign * (full[t][key] - bare[t][key]) for t in data.TASKS], dtype=torch.float64)
         assert torch.allclose(result["shapley"][key].sum(1), gain, atol=1e-6)

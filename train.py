@@ -1,24 +1,25 @@
-"""The story of one run: configuration, training step, loop, evaluation, checkpoints, and the modes of the command line.
+"""The story of one run: configuration, training step, loop, evaluation, checkpoints, command-line modes.
 
-    python train.py                                           a small Llama from nothing, adapted to eleven tasks
-    python train.py --method=lora --steps=500                 the same with another method
-    python train.py --init_from=FOLDER --data=FILE,FOLDER     a real Llama on your own instructions
-    python train.py --mode=eval                               the numbers of out/adapter.pt again
-    python train.py --mode=sample --prompt="..."              one answer; without --prompt, one to every line you type
-    python train.py --mode=compare                            methods side by side, on equal terms
-    python train.py --mode=shapley                            what each expert of out/adapter.pt is worth
-    python train.py --mode=bench --size=smollm2-135m          what a step costs, beside the frozen base and the rivals
-    python train.py --export=FOLDER                           base and adapter merged, where the method allows it
-    torchrun --nproc_per_node=N train.py ...                  the same run on N GPUs
+    python train.py                                         a small Llama from nothing, adapted to 11 tasks
+    python train.py --method=lora --steps=500               the same with another method
+    python train.py --init_from=FOLDER --data=FILE,FOLDER   a real Llama on your own instructions
+    python train.py --mode=eval                             the numbers of out/adapter.pt again
+    python train.py --mode=sample --prompt="..."            one answer; without --prompt, one to every line
+    python train.py --mode=compare                          methods side by side, on equal terms
+    python train.py --mode=shapley                          what each expert of out/adapter.pt is worth
+    python train.py --mode=bench --size=smollm2-135m        what a step costs, beside base and rivals
+    python train.py --export=FOLDER                         base and adapter merged, if the method allows it
+    torchrun --nproc_per_node=N train.py ...                the same run on N GPUs
 
-The idea: without --init_from the run first makes its own base model and saves it as an ordinary Llama folder; from
-there on both take the same road. A step's loss is a sum over its supervised tokens divided by their number, however
-the step is cut into micro-batches.
+The idea: without --init_from the run first makes its own base model and saves it as an ordinary Llama folder;
+from there on both take the same road. A step's loss is a sum over its supervised tokens divided by their
+number, however the step is cut into micro-batches.
 
 What may surprise:
-- No autocast and no GradScaler: the base is bf16 on CUDA and fp32 on the CPU, adapters are fp32 and cast where used.
+- No autocast and no GradScaler: the base is bf16 on CUDA, fp32 on the CPU, adapters fp32 and cast where used.
 - The same seed gives the same examples in the same order for every method.
-- Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding is right.
+- Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding
+  is right.
 - The loop waits for a GPU at log lines alone, so that the next steps' batches are made while it computes.
 - A step's examples and its dropout follow from (seed, step) alone, so a checkpoint holds no random state.
 """
@@ -50,11 +51,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama, plain,
-                   read_json, read_pickle, rotary_tables, save_llama)
-from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy, load_parameters,
-                      mean_usage, merge, mutual_information, only, parameter_state, published_loop, restricted,
-                      shapley_interactions, shapley_values, top)
+from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama,
+                   plain, read_json, read_pickle, rotary_tables, save_llama)
+from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy,
+                      load_parameters, mean_usage, merge, mutual_information, only, parameter_state,
+                      published_loop, restricted, shapley_interactions, shapley_values, top)
 
 
 # ---- Configuration: a field is a flag
@@ -65,20 +66,25 @@ def flag(default, help):
 
 @dataclass(frozen=True)
 class Config:
-    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer --prompt, or the "
-                              "terminal), compare (methods side by side), shapley (the worth of each expert) or bench "
-                              "(what a step costs)")
+    mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer "
+                              "--prompt, or the terminal), compare (methods side by side), shapley (the "
+                              "worth of each expert) or bench (what a step costs)")
     out_dir: str = flag("out", "folder for everything a run writes")
-    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small built-in base")
-    data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: MiniCME")
+    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small "
+                              "built-in base")
+    data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: "
+                         "MiniCME")
     val_data: str = flag("", "files to evaluate on; empty: hold out a share of --data by content hash")
     val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty")
-    val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which has no end, 400)")
+    val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which "
+                                  "has no end, 400)")
     max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer")
-    template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and perhaps {output} "
-                                  "and its end; {eos} is the end of sequence")
-    method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none (bare base)")
-    paper: bool = flag(False, "the paper's settings, as far as they are known, wherever no other flag says otherwise")
+    template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and "
+                                  "perhaps {output} and its end; {eos} is the end of sequence")
+    method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none "
+                                   "(bare base)")
+    paper: bool = flag(False, "the paper's settings, as far as they are known, wherever no other flag says "
+                              "otherwise")
     rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank")
     n_experts: int = flag(4, "number of experts E")
     alpha: float = flag(16.0, "the update is scaled by alpha / rank")
@@ -91,38 +97,47 @@ class Config:
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(0.0, "weight decay of AdamW")
     clip: float = flag(1.0, "largest gradient norm")
-    max_tokens: int = flag(4096, "padded tokens per micro-batch: lower it to save memory, the result stays the same")
-    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a third more time")
+    max_tokens: int = flag(4096, "padded tokens per micro-batch: lower it to save memory, the result stays "
+                                 "the same")
+    checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a "
+                                      "third more time")
     compile: bool = flag(False, "torch.compile every block; worth its minute on a GPU")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
-    dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 otherwise")
+    dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 "
+                              "otherwise")
     seed: int = flag(0, "seed of adapters, data order, dropout and sampling")
-    deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an error; the CPU's do anyway")
+    deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an "
+                                      "error; the CPU's do anyway")
     log_every: int = flag(10, "write a line of log.jsonl every so many steps")
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: never")
-    stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to the end")
+    stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to "
+                              "the end")
     resume: bool = flag(False, "continue from out_dir/checkpoint.pt; start if there is none")
-    prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for itself")
+    prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for "
+                           "itself")
     max_new_tokens: int = flag(64, "longest answer of --mode=sample")
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
-    methods: tuple = flag(("none", "lora", "moelora", "hydralora", "teamlora", "full"), "of --mode=compare: what to compare; "
-                          "all: with the ablations and other sizes")
-    seeds: tuple = flag((0, 1, 2, 3, 4), "of --mode=compare: seeds; the learning rate is chosen with the first")
-    learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation questions; where the "
-                                 "best is at the edge, the next beyond it is tried too")
+    methods: tuple = flag(("none", "lora", "moelora", "hydralora", "teamlora", "full"), "of --mode=compare: "
+                          "what to compare; all: with the ablations and other sizes")
+    seeds: tuple = flag((0, 1, 2, 3, 4), "of --mode=compare: seeds; the learning rate is chosen with the "
+                        "first")
+    learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation "
+                                 "questions; where the best is at the edge, the next beyond it is tried too")
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
-    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging Face's layout "
-                           "and --dtype, and end; with --method=none the base alone")
-    size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a wrong "
-                                     "name lists all")
-    bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with these numbers of "
-                        "experts; the spread over E at one E*r; the growth with tokens, layers, r and E")
+    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging "
+                           "Face's layout and --dtype, and end; with --method=none the base alone")
+    size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a "
+                                     "wrong name lists all")
+    bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with "
+                        "these numbers of experts; the spread over E at one E*r; the growth with tokens, "
+                        "layers, r and E")
     bench_layers: int = flag(0, "of --mode=bench: use only so many layers; 0: all")
     bench_rounds: int = flag(5, "of --mode=bench: how often every method takes its turn")
     base_steps: int = flag(2800, "built-in base: training steps")
     base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
-    base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the embedding takes 0.15 of it")
+    base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the "
+                                           "embedding takes 0.15 of it")
     base_layers: int = flag(4, "built-in base: layers")
     base_width: int = flag(128, "built-in base: width, in heads of 32")
     base_seed: int = flag(1, "built-in base: seed, apart from --seed so that runs share one base")
@@ -132,18 +147,18 @@ class Config:
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
-# what --paper means: the paper's own where it gives them (E, r, targets, no balance term), else those of the code that
-# it was forked from; the weights' sum E and M are the layer itself
+# what --paper means: the paper's own where it gives them (E, r, targets, no balance term), else those of the
+# code that it was forked from; the weights' sum E and M are the layer itself
 PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropout": 0.05, "balance": 0.0,
-         "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03, "weight_decay": 0.0,
-         "max_length": 1024}
+         "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03,
+         "weight_decay": 0.0, "max_length": 1024}
 # settings of a whole comparison, which shape none of its runs
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
 OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
 OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "template")
-FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing", "compile", "device",
-                  "out_dir")
+FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing",
+                  "compile", "device", "out_dir")
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,7 +167,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_flags(argv):
-    """Command line -> {name: value} of what the user wrote, and no more, so that it can override a checkpoint's settings."""
+    """Command line -> {name: value} of what the user wrote, no more: so it can override a checkpoint's."""
     def boolean(text):
         if text.lower() not in ("true", "false"):
             raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
@@ -182,8 +197,9 @@ def check(cfg):
                           ("dtype", ("auto", "float32", "bfloat16")), ("size", tuple(SIZES))):
         if getattr(cfg, name) not in allowed:
             raise InputError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")
-    for name in ("rank", "n_experts", "steps", "batch_size", "max_tokens", "max_length", "log_every", "base_steps",
-                 "base_batch_size", "base_layers", "base_width", "max_new_tokens", "bench_rounds"):
+    for name in ("rank", "n_experts", "steps", "batch_size", "max_tokens", "max_length", "log_every",
+                 "base_steps", "base_batch_size", "base_layers", "base_width", "max_new_tokens",
+                 "bench_rounds"):
         if getattr(cfg, name) < 1:
             raise InputError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
     for name, value in asdict(cfg).items():
@@ -195,8 +211,8 @@ def check(cfg):
     for name in ("dropout", "warmup", "val_share"):
         if not 0 <= getattr(cfg, name) < 1:
             raise InputError(f"--{name} must lie in [0, 1), not {getattr(cfg, name)}")
-    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every", "stop_after", "bench_layers",
-                 "seed", "base_seed"):
+    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every",
+                 "stop_after", "bench_layers", "seed", "base_seed"):
         if not 0 <= getattr(cfg, name) < math.inf:
             raise InputError(f"--{name} must not be negative, not {getattr(cfg, name)}")
     needed = data.padded_length(data.Example("", range(cfg.max_length), 0), 8)
@@ -210,9 +226,11 @@ def check(cfg):
     if cfg.base_width % 32:
         raise InputError(f"--base_width must be a multiple of 32, not {cfg.base_width}")
     if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to run on the CPU")
+        raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to run on "
+                         "the CPU")
     for name in ("seeds", "learning_rates"):
-        if len(set(getattr(cfg, name))) < len(getattr(cfg, name)) or not all(0 <= x < 2 ** 31 for x in getattr(cfg, name)):
+        values = getattr(cfg, name)
+        if len(set(values)) < len(values) or not all(0 <= x < 2 ** 31 for x in values):
             raise InputError(f"--{name} must be distinct, from 0 to 2147483647, not {getattr(cfg, name)}")
     if cfg.mode == "train" and cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
@@ -246,7 +264,7 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def join_processes(device):
-    """Wait for the others, an hour if need be, for process 0 makes the built-in base first; then sums go over all."""
+    """Wait for the others, up to an hour: process 0 makes the built-in base first. Then sums go over all."""
     if RANKS > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -255,7 +273,7 @@ def join_processes(device):
 
 
 def own_share(examples):
-    """This process's part: every RANKS-th example by length, so that all processes get about as many tokens."""
+    """This process's part: every RANKS-th example by length, so that all get about as many tokens."""
     return sorted(examples, key=lambda e: len(e.ids))[RANK::RANKS] if dist.is_initialized() else examples
 
 
@@ -285,12 +303,13 @@ def make_optimizers(model, cfg):
 
 
 def make_base_optimizers(model, cfg):
-    """Muon for the matrices inside the base, AdamW for embedding and norms: under AdamW alone it learns too slowly to copy
-    lists, let alone to look things up, within minutes."""
+    """Muon for the matrices inside the base, AdamW for embedding and norms: under AdamW alone it learns too
+    slowly to copy lists, let alone to look things up, within minutes."""
     inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
     outer = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
     return [torch.optim.Muon(inner, lr=cfg.base_learning_rate, weight_decay=0.1),
-            torch.optim.AdamW(outer, lr=0.15 * cfg.base_learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+            torch.optim.AdamW(outer, lr=0.15 * cfg.base_learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
+                              fused=True)]
 
 
 def step_usage(model, batches):
@@ -304,12 +323,13 @@ def step_usage(model, batches):
 
 
 def accumulate_gradients(model, batches, balance=0.0):
-    """Add the gradient of one step's loss, whatever its cut into micro-batches; returns (loss, supervised tokens).
+    """Add the gradient of a step's loss, however cut into micro-batches; returns (loss, supervised tokens).
 
-    loss = sum over supervised tokens / their number + balance * balance_loss(mean usage of the step). The balance term
-    is no sum over micro-batches, but its gradient is: with the step's usage u known from a pass without gradient,
-    d balance_loss = sum_tokens <d balance_loss / d u, d w> / tokens. That pass is the price of balance > 0.
-    Under torchrun `batches` are this process's share; step, loss and gradient are those of all shares together.
+    loss = sum over supervised tokens / their number + balance * balance_loss(mean usage of the step). The
+    balance term is no sum over micro-batches, but its gradient is: with the step's usage u known from a pass
+    without gradient, d balance_loss = sum_tokens <d balance_loss / d u, d w> / tokens. That pass is the
+    price of balance > 0. Under torchrun `batches` are this process's share; step, loss and gradient are
+    those of all shares together.
     """
     n = sum((y >= 0).sum() for _, y, _ in batches).to(batches[0][0].device, non_blocking=True)
     sum_over_processes(n)
@@ -326,16 +346,16 @@ def accumulate_gradients(model, batches, balance=0.0):
         if slope is not None:
             loss = loss + (slope * mean_usage(routing, m)).sum() * m.sum().to(slope.dtype) / n_tokens
         loss.backward()
-    # not DistributedDataParallel: it averages over processes where this must sum, works through forward(), which this
-    # loss does not take, and sends after every micro-batch. Here the gradients alone travel, once a step.
+    # not DistributedDataParallel: it averages over processes where this must sum, works through forward(),
+    # which this loss does not take, and sends after every micro-batch. Here gradients travel once a step.
     sum_over_processes(total, *(p.grad for p in model.parameters() if p.requires_grad))
     return total + term, n
 
 
 def to_device(batch, device):
-    """A micro-batch where the model is. Targets stay: finding the supervised ones on a GPU would make the loop wait."""
+    """A micro-batch where the model is. Targets stay: finding supervised ones on a GPU stalls the loop."""
     x, y, m = batch
-    if device.type == "cuda":                    # from pinned memory a copy is queued, from other memory waited for
+    if device.type == "cuda":  # from pinned memory a copy is queued, from other memory waited for
         x, m = x.pin_memory(), m.pin_memory()
     return x.to(device, non_blocking=True), y, m.to(device, non_blocking=True)
 
@@ -345,7 +365,7 @@ MOST_SKIPPED = 20                                # steps in a row that may be sk
 
 @contextmanager
 def held_signals():
-    """Yields a list that the first SIGINT or SIGTERM is noted in, so that a step can be finished; a second one kills."""
+    """Yield a list that notes the first SIGINT or SIGTERM, so that a step can be finished; another kills."""
     noted, handlers = [], {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number, frame):
@@ -353,7 +373,8 @@ def held_signals():
         for s in handlers:
             signal.signal(s, signal.SIG_DFL)
         # not print: the signal may have come in the middle of one
-        os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving; a second one ends it at once\n".encode())
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: finishing this step and saving; a second one ends it at once\n".encode())
     for s in handlers:
         signal.signal(s, note)
     try:
@@ -365,27 +386,30 @@ def held_signals():
 
 def stopped_anywhere(stopped):
     """Whether a signal has come to any of the processes, which must all leave at the same step."""
-    n = torch.tensor(len(stopped), device="cuda" if dist.is_initialized() and dist.get_backend() == "nccl" else "cpu")
+    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
+    n = torch.tensor(len(stopped), device="cuda" if on_gpu else "cpu")
     sum_over_processes(n)
     return bool(n)
 
 
 def attempt(write, *args):
-    """write(*args) and True; False and a warning if the disk is full or the folder cannot be written: the run goes on."""
+    """write(*args) and True; False and a warning if disk or folder cannot take it: the run goes on."""
     try:
         write(*args)
     except OSError as e:
-        tqdm.write(f"warning: {e}; training goes on, what was written before stays, and the next time it is tried again")
+        tqdm.write(f"warning: {e}; training goes on, what was written before stays, and the next time it is "
+                   "tried again")
         return False
     return True
 
 
-def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=None, log=None, save=None, stopped=()):
-    """Train for `steps` steps. step_batches: step -> micro-batches; optimizers hold their peak learning rates.
+def fit(model, step_batches, optimizers, cfg, steps, *,
+        name="train", resumed=None, log=None, save=None, stopped=()):
+    """Train for `steps` steps. step_batches: step -> micro-batches; optimizers hold their peak rates.
 
-    log(record) gets a dict at every logged step, save(optimizers, totals) is called when a checkpoint is due, resumed
-    is what it saved. Returns totals: step, seconds, tokens (without padding), skipped steps.
-    Raises KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds something.
+    log(record) gets a dict at every logged step, save(optimizers, totals) is called when a checkpoint is due,
+    resumed is what it saved. Returns totals: step, seconds, tokens (without padding), skipped steps. Raises
+    KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds something.
     """
     device = next(model.parameters()).device
     parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
@@ -398,10 +422,10 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
             optimizer.load_state_dict(state)
     end = min(steps, cfg.stop_after) if cfg.stop_after else steps
     earlier, begun = totals, time.perf_counter() - totals["seconds"]
-    tokens, skipped, in_a_row = torch.zeros(3, dtype=torch.long, device=device)      # of this process and this call
+    tokens, skipped, in_a_row = torch.zeros(3, dtype=torch.long, device=device)  # of this process and call
 
     def totals_after(step):
-        """Reading the counters waits for the GPU, which the loop does where it logs or saves, and nowhere else."""
+        """Reading the counters waits for the GPU, which the loop does only where it logs or saves."""
         n = tokens.clone()
         sum_over_processes(n)
         return {"step": step, "seconds": time.perf_counter() - begun, "tokens": earlier["tokens"] + int(n),
@@ -410,8 +434,8 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
     balance = cfg.balance if adapter_layers(model) else 0.0
     model.train()
     signalled = False
-    bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step", dynamic_ncols=True,
-               mininterval=1, disable=RANK > 0)
+    bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step",
+               dynamic_ncols=True, mininterval=1, disable=RANK > 0)
     for step in bar:
         torch.manual_seed(random.Random(f"dropout {cfg.seed} {step} {RANK}").getrandbits(63))
         batches = [to_device(b, device) for b in step_batches(step)]
@@ -429,7 +453,7 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
         bad = ~(norm.isfinite() & loss.isfinite())
         for optimizer in optimizers:
             if optimizer.defaults.get("fused"):
-                optimizer.found_inf = bad.float()    # where it is 1, AdamW does nothing, and nobody waits to know
+                optimizer.found_inf = bad.float()  # where it is 1, AdamW does nothing, and nobody waits
                 optimizer.step()
             elif not bad:                        # Muon cannot skip by itself
                 optimizer.step()
@@ -449,16 +473,18 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
             bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,} tokens/s", refresh=False)
             if log:
                 attempt(log, {"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share,
-                              "gradient_norm": float(norm), "supervised_tokens": int(supervised), "tokens_per_second": rate,
-                              "skipped": totals["skipped"], "seconds": round(totals["seconds"], 2)})
+                              "gradient_norm": float(norm), "supervised_tokens": int(supervised),
+                              "tokens_per_second": rate, "skipped": totals["skipped"],
+                              "seconds": round(totals["seconds"], 2)})
         hopeless = int(in_a_row) >= MOST_SKIPPED
         if save and stopping:
             save(optimizers, totals)             # there is no next time: if it fails, so does the run
         elif save and (hopeless or save_due):
             attempt(save, optimizers, totals)
         if hopeless:
-            raise InputError(f"{int(in_a_row)} steps in a row up to step {step + 1} had a loss or gradient that is not finite; "
-                             "they changed nothing. Lower --learning_rate, or look for bad numbers in the base")
+            raise InputError(f"{int(in_a_row)} steps in a row up to step {step + 1} had a loss or gradient "
+                             "that is not finite; they changed nothing. Lower --learning_rate, or look for "
+                             "bad numbers in the base")
         if stopping:
             break
     if totals["step"] < steps or signalled:
@@ -470,21 +496,22 @@ def fit(model, step_batches, optimizers, cfg, steps, *, name="train", resumed=No
 
 @torch.no_grad()
 def evaluate(model, split, max_tokens, name="evaluate"):
-    """task -> {accuracy, loss, tokens, weights, entropy, usage}, each task's examples in full, always the same ones.
+    """task -> {accuracy, loss, tokens, weights, entropy, usage} of all its examples, always the same ones.
 
-    accuracy: share of examples whose whole answer greedy decoding would produce; loss: mean over supervised tokens;
-    weights (N, L, E): mean weight of each expert over an example's tokens; entropy: of a token's weights, in bits, mean
-    over layers and tokens; usage: mean weight of each expert over layers and tokens (E numbers), empty where nothing routes.
-    Under torchrun every process takes its share of each task, and all return the same, save `weights`.
+    accuracy: share of examples whose whole answer greedy decoding would produce; loss: mean over supervised
+    tokens; weights (N, L, E): mean weight of each expert over an example's tokens; entropy: of a token's
+    weights, in bits, mean over layers and tokens; usage: mean weight of each expert over layers and tokens (E
+    numbers), empty where nothing routes. Under torchrun every process takes its share of each task, and all
+    return the same, save `weights`.
     """
     model.eval()
     device, results = next(model.parameters()).device, {}
     routed = bool(adapter_layers(model))
     shares = {task: own_share(examples) for task, examples in split.items()}
-    with tqdm(total=sum(map(len, shares.values())), desc=name, unit="example", dynamic_ncols=True, mininterval=1,
-              disable=RANK > 0) as bar:
+    with tqdm(total=sum(map(len, shares.values())), desc=name, unit="example", dynamic_ncols=True,
+              mininterval=1, disable=RANK > 0) as bar:
         for task, examples in shares.items():
-            # hits, loss, supervised tokens, all tokens, bits, weights of the experts: a task waits for the device once
+            # hits, loss, supervised tokens, all tokens, bits, experts' weights: a task waits for the GPU once
             sums = torch.zeros(5 + model.adapter.n_experts * routed, dtype=torch.float64, device=device)
             weights = []
             for batch in data.cut(examples, max_tokens):
@@ -500,7 +527,8 @@ def evaluate(model, split, max_tokens, name="evaluate"):
                     sums[3] += m.sum()
                     sums[4] += (entropy(distribution(routing)).mean(0) * m).sum()
                     sums[5:] += mean_usage(routing, m).mean(0) * m.sum()
-                    weights.append(((routing * m[..., None]).sum(2) / m.sum(1)[:, None]).transpose(0, 1))    # (B, L, E)
+                    per_example = (routing * m[..., None]).sum(2) / m.sum(1)[:, None]    # (L, B, E)
+                    weights.append(per_example.transpose(0, 1))                          # (B, L, E)
                 bar.update(len(batch))
             sum_over_processes(sums)
             hits, loss, supervised, tokens, bits, *usage = sums.tolist()
@@ -527,27 +555,30 @@ def shade(x, low, high):
 
 
 def print_results(results, chance, before=None):
-    """One line per task: chance, accuracy before and after, loss, and the mean weight of each expert as a shade."""
+    """One line per task: chance, accuracy before and after, loss, each expert's mean weight as a shade."""
     usage = [w for r in results.values() for w in r["usage"]]
     low, high = (min(usage), max(usage)) if usage else (0, 0)
     width = max(map(len, [*results, "mean"])) + 2
-    print(f"\n{'task':{width}}{'chance':>8}{'before':>8}{'after':>8}{'loss':>8}" + ("   weight of each expert" if usage else ""))
+    print(f"\n{'task':{width}}{'chance':>8}{'before':>8}{'after':>8}{'loss':>8}"
+          + ("   weight of each expert" if usage else ""))
     for task, r in results.items():
         cells = "".join(f"  {2 * shade(w, low, high)} {w:.2f}" for w in r["usage"])
         old = f"{before[task]['accuracy']:8.3f}" if before else f"{'-':>8}"
         guess = f"{chance[task]:8.3f}" if task in chance else f"{'-':>8}"
         print(f"{task:{width}}{guess}{old}{r['accuracy']:8.3f}{r['loss']:8.3f} {cells}")
     old = f"{mean(r['accuracy'] for r in before.values()):8.3f}" if before else f"{'-':>8}"
-    print(f"{'mean':{width}}{'':8}{old}{mean(r['accuracy'] for r in results.values()):8.3f}{val_loss(results):8.3f}")
+    accuracy = mean(r["accuracy"] for r in results.values())
+    print(f"{'mean':{width}}{'':8}{old}{accuracy:8.3f}{val_loss(results):8.3f}")
 
 
 def answers(model, tokenizer, prompts, cfg, max_new_tokens=64, on_token=None):
     """The texts that the model answers to tokenised prompts, all at once; on_token: see generate."""
     device, lengths = next(model.parameters()).device, torch.tensor([len(ids) for ids in prompts])
-    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)     # (B, T)
+    tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)  # B, T
     generator = torch.Generator(device).manual_seed(cfg.seed)
-    new = model.eval().generate(tokens.to(device), max_new_tokens, lengths=lengths.to(device), temperature=cfg.temperature,
-                                top_k=cfg.top_k, generator=generator, on_token=on_token).tolist()
+    new = model.eval().generate(tokens.to(device), max_new_tokens, lengths=lengths.to(device),
+                                temperature=cfg.temperature, top_k=cfg.top_k, generator=generator,
+                                on_token=on_token).tolist()                          # (B, new tokens)
     ends = [[i for i, t in enumerate(row) if t in model.config.eos_token_id] for row in new]
     return [tokenizer.decode(row[:end[0]] if end else row) for row, end in zip(new, ends)]
 
@@ -567,8 +598,8 @@ def print_samples(model, tokenizer, split, cfg, n=2):
 # ---- Files
 
 def write_atomically(path, write, keep=None):
-    """write(binary file) into a temporary file, flush that to the disk, rename it: whoever looks, even after a power cut,
-    sees the old file or the new one, never half of it. The old one is kept as `keep`, if that is given."""
+    """write(binary file) into a temporary file, flush that to the disk, rename it: whoever looks, even after
+    a power cut, sees the old file or the new one, never half of it. keep: a new name for the old one."""
     if RANK > 0:                                 # process 0 writes for all
         return
     temporary = Path(f"{path}.tmp")
@@ -590,7 +621,7 @@ def previous(path):
 
 
 def read_checkpoint(path):
-    """The checkpoint at path; the one before it, with a warning, if that is damaged; None if there is neither."""
+    """The checkpoint at path; the one before it, with a warning, if that is damaged; None without either."""
     paths = [p for p in (path, previous(path)) if p.is_file()]
     for p in paths:
         try:
@@ -602,7 +633,7 @@ def read_checkpoint(path):
 
 
 def read_saved(path, *more):
-    """A checkpoint or adapter file, which must also hold `more`. Settings that the file does not know have their defaults."""
+    """A checkpoint or adapter file, which must also hold `more`. Settings that it lacks are the defaults."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train first, or point --out_dir to where it lies")
     saved, default = read_pickle(path), asdict(Config())
@@ -614,12 +645,13 @@ def read_saved(path, *more):
     except (LookupError, TypeError, AttributeError) as e:
         odd = [e]
     if odd:
-        raise InputError(f"{path}: not written by train.py: {odd[0]} is missing, unknown, of another type or not finite")
+        raise InputError(f"{path}: not written by train.py: {odd[0]} is missing, unknown, of another type or "
+                         "not finite")
     return saved | {"config": config}
 
 
 class Log:
-    """log.jsonl from `size` bytes on. What cannot be written waits in memory, so that a full disk loses no line."""
+    """log.jsonl from `size` bytes on. What cannot be written waits in memory: a full disk loses no line."""
 
     def __init__(self, path, size=0):
         with open(path, "ab") as f:
@@ -646,9 +678,9 @@ class Log:
 
 @functools.cache
 def lock(folder):
-    """Keep other runs out of a folder until this process ends, however it ends. Raises InputError naming the holder.
+    """Keep other runs out of a folder until this process ends, however it ends; InputError names the holder.
 
-    SQLite's lock is the kernel's, on every system, so a killed run leaves no stale one: only a file that nobody holds.
+    SQLite's lock is the kernel's, on every system: a killed run leaves no stale one, just a file.
     """
     held = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
     try:
@@ -658,7 +690,8 @@ def lock(folder):
         if "locked" not in str(e):
             raise InputError(f"{folder}/lock: {e}; can the folder be written?") from None
         pid, = held.execute("PRAGMA user_version").fetchone()
-        raise InputError(f"{folder} is in use by process {pid}; wait for it, or choose another --out_dir") from None
+        raise InputError(f"{folder} is in use by process {pid}; wait for it, or choose another "
+                         "--out_dir") from None
     return held
 
 
@@ -673,18 +706,20 @@ def compose(given):
         given = {"mode": "export"} | given
     made = [name for name in given if name.startswith("base_")]
     if made and given.get("init_from"):
-        raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} takes another")
+        raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} "
+                         "takes another")
     cfg = check(Config(**given))
     if cfg.mode in ("compare", "bench") or given.get("method") == "none":
         return cfg, None
     path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
     if RANK == 0 and cfg.mode == "train" and (path.parent / "lock").exists():
-        lock(path.parent.resolve())              # before a checkpoint is read that another run may be about to replace
+        lock(path.parent.resolve())  # before a checkpoint is read that another run may be about to replace
     saved = read_checkpoint(path) if cfg.mode == "train" else read_saved(path)
     if cfg.mode == "train" and not cfg.resume:
         if saved and saved["totals"]["step"] < saved["config"]["steps"]:
-            raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of a run that has not "
-                             "ended: continue it with --resume, delete it, or choose another --out_dir")
+            raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of "
+                             "a run that has not ended: continue it with --resume, delete it, or choose "
+                             "another --out_dir")
         return cfg, None
     if not saved:
         print(f"nothing to resume in {cfg.out_dir} yet: starting")
@@ -692,13 +727,15 @@ def compose(given):
     for name, value in given.items():
         fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
         if fixed and saved["config"][name] != value:
-            raise InputError(f"--{name}={value} contradicts {path}, which was made with {saved['config'][name]}")
+            raise InputError(f"--{name}={value} contradicts {path}, which was made with "
+                             f"{saved['config'][name]}")
     if cfg.mode != "train":                      # an adapter may be a stranger's: no path in it is followed
         for name in ("init_from", "data", "val_data")[:3 if cfg.mode in ("eval", "shapley") else 1]:
             if name not in given and saved["config"][name]:
                 raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
                                  "too, for no path in a file is followed")
-    return check(replace(cfg, **{k: v for k, v in saved["config"].items() if k not in given and k not in OF_CALL})), saved
+    kept = {k: v for k, v in saved["config"].items() if k not in given and k not in OF_CALL}
+    return check(replace(cfg, **kept)), saved
 
 
 # ---- The parts of a run
@@ -713,11 +750,12 @@ def adapter_content(cfg, base, model):
 
 def checkpoint_content(cfg, base, model, optimizers, totals):
     """What continuing needs: no random state, for a step's examples and dropout follow from (seed, step)."""
-    return adapter_content(cfg, base, model) | {"optimizers": [o.state_dict() for o in optimizers], "totals": dict(totals)}
+    return adapter_content(cfg, base, model) | {"optimizers": [o.state_dict() for o in optimizers],
+                                                "totals": dict(totals)}
 
 
 def make_base(cfg, device):
-    """The small base model, made once: out_dir/base, an ordinary Llama folder, with made_from.json beside the weights."""
+    """The small base model, made once: out_dir/base, an ordinary Llama folder, made_from.json beside it."""
     folder = Path(cfg.out_dir) / "base"
     corpus = data.corpus(cfg.base_seed)
     recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.startswith("base_")}
@@ -736,34 +774,38 @@ def make_base(cfg, device):
     if not saved:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
-        with held_signals() as stopped:          # sentencepiece would make its own error of a KeyboardInterrupt
-            data.make_tokenizer(temporary / "tokenizer.model", map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000)))
+        with held_signals() as stopped:  # sentencepiece would make its own error of a KeyboardInterrupt
+            texts = map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000))
+            data.make_tokenizer(temporary / "tokenizer.model", texts)
         if stopped:
             raise KeyboardInterrupt
     tokenizer = data.Tokenizer(temporary / "tokenizer.model")
     torch.manual_seed(cfg.base_seed)
     C = cfg.base_width
     sizes = LlamaConfig(vocab_size=tokenizer.size, hidden_size=C, intermediate_size=8 * C // 3 // 16 * 16,
-                        num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32, num_key_value_heads=C // 32,
-                        head_dim=32, rope_theta=100.0, tie_word_embeddings=True, max_position_embeddings=256)
+                        num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32,
+                        num_key_value_heads=C // 32, head_dim=32, rope_theta=100.0, tie_word_embeddings=True,
+                        max_position_embeddings=256)
     model = Llama(sizes, AdapterConfig(method="full")).init_weights(positional=C // 32).to(device)
     if saved:
         load_parameters(trained(model), saved["parameters"])
         print(f"base: continuing {temporary} after {saved['totals']['step']} of {cfg.base_steps} steps")
     else:
-        print(f"base: none made with these settings yet; training {sum(p.numel() for p in model.parameters()):,} parameters "
-              f"on plain statements for {cfg.base_steps} steps")
+        n = sum(p.numel() for p in model.parameters())
+        print(f"base: none made with these settings yet; training {n:,} parameters on plain statements for "
+              f"{cfg.base_steps} steps")
 
     def save(optimizers, totals):
         content = checkpoint_content(cfg, made_from, model, optimizers, totals)
         write_atomically(checkpoint, lambda f: torch.save(content, f), previous(checkpoint))
 
     # the base follows from its recipe alone
-    own = replace(cfg, stop_after=0, warmup=Config.warmup, clip=Config.clip, seed=Config.seed, balance=Config.balance,
-                  batch_size=cfg.base_batch_size)
+    own = replace(cfg, stop_after=0, warmup=Config.warmup, clip=Config.clip, seed=Config.seed,
+                  balance=Config.balance, batch_size=cfg.base_batch_size)
     with held_signals() as stopped:
-        fit(model, step_batches(own, lambda i: data.encode(tokenizer, corpus(i))), make_base_optimizers(model, cfg), own,
-            cfg.base_steps, name="base", resumed=saved, save=save, stopped=stopped)
+        batches = step_batches(own, lambda i: data.encode(tokenizer, corpus(i)))
+        fit(model, batches, make_base_optimizers(model, cfg), own, cfg.base_steps, name="base",
+            resumed=saved, save=save, stopped=stopped)
     save_llama(model, temporary)
     (temporary / "made_from.json").write_text(made_from)
     for path in temporary.iterdir():
@@ -776,7 +818,7 @@ def make_base(cfg, device):
 
 
 def read_data(cfg):
-    """(training rows, validation rows) of --data, or None for MiniCME; read before anything long or lasting happens."""
+    """(training rows, validation rows) of --data, None for MiniCME; read before anything long or lasting."""
     if not cfg.data:
         return None
     rows = data.read_rows(cfg.data)
@@ -796,7 +838,8 @@ def encode_data(cfg, tokenizer, rows, held_out="test"):
         split = {task: [data.encode(tokenizer, row) for row in rows]
                  for task, rows in data.minicme_held_out(held_out, cfg.val_examples or 400).items()}
         return lambda i: data.encode(tokenizer, stream(i)), split, data.CHANCE
-    train, val = (data.encode_rows(tokenizer, part, cfg.max_length, name) for part, name in zip(rows, ("training", "validation")))
+    train, val = (data.encode_rows(tokenizer, part, cfg.max_length, name)
+                  for part, name in zip(rows, ("training", "validation")))
     split = {}
     for e in val:
         examples = split.setdefault(e.task, [])
@@ -815,7 +858,8 @@ def peak_memory_mb():
     if sys.platform == "win32":                  # which has no resource module
         return None
     import resource
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 10 if sys.platform == "linux" else 2 ** 20))
+    per_mb = 2 ** 10 if sys.platform == "linux" else 2 ** 20
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mb)
 
 
 def trained(model):
@@ -824,28 +868,31 @@ def trained(model):
 
 
 def prepare(cfg, saved):
-    """(model, tokenizer, fingerprint of the base); a saved adapter is loaded into the model if there is one."""
+    """(model, tokenizer, fingerprint of the base); the model has the saved adapter if there is one."""
     device, dtype = device_and_dtype(cfg)
     folder = cfg.init_from or Path(cfg.out_dir) / "base"
     if cfg.mode == "train" and not cfg.init_from and RANK == 0:
-        make_base(cfg, device)                   # alone, so that it is the same base whatever the number of processes
+        make_base(cfg, device)  # alone, so that it is the same base whatever the number of processes
     join_processes(device)
     torch.manual_seed(cfg.seed)
     model = load_llama(folder, cfg.adapter, device, dtype)
     tokenizer = data.open_tokenizer(folder, model.config.eos_token_id[0])
     if tokenizer.size > model.config.vocab_size:
-        raise InputError(f"{tokenizer.path} has {tokenizer.size} pieces, the model only {model.config.vocab_size} embeddings")
+        raise InputError(f"{tokenizer.path} has {tokenizer.size} pieces, the model only "
+                         f"{model.config.vocab_size} embeddings")
     tokenizer.use(cfg.template)
     # generation ends where the template ends an answer, and wherever the model's files say
-    model.config = replace(model.config, eos_token_id=tuple(dict.fromkeys((tokenizer.end, *model.config.eos_token_id))))
+    ends = tuple(dict.fromkeys((tokenizer.end, *model.config.eos_token_id)))
+    model.config = replace(model.config, eos_token_id=ends)
     base = fingerprint(model)
     if saved and saved["fingerprint"] != base:
-        raise InputError(f"the adapter in {cfg.out_dir} was made for another base (fingerprint {saved['fingerprint']}) "
-                         f"than {folder} ({base})")
+        raise InputError(f"the adapter in {cfg.out_dir} was made for another base (fingerprint "
+                         f"{saved['fingerprint']}) than {folder} ({base})")
     if saved:
         load_parameters(trained(model), saved["parameters"])
         if adapter_layers(model) and not any(layer.lora_B.any() for _, layer in adapter_layers(model)):
-            print(f"warning: every B of the adapter in {cfg.out_dir} is zero, so it changes nothing, although it was trained")
+            print(f"warning: every B of the adapter in {cfg.out_dir} is zero, so it changes nothing, "
+                  "although it was trained")
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
         model.compile_blocks()
@@ -855,20 +902,22 @@ def prepare(cfg, saved):
 def step_batches(cfg, stream, share=own_share):
     """step -> its micro-batches, a pure function of the stream of examples; under torchrun this process's."""
     n = cfg.batch_size
-    return lambda step: [data.collate(b) for b in data.cut(share([stream(i) for i in range(step * n, (step + 1) * n)]),
-                                                           cfg.max_tokens)]
+    return lambda step: [data.collate(b) for b in data.cut(
+        share([stream(i) for i in range(step * n, (step + 1) * n)]), cfg.max_tokens)]
 
 
 def print_start(cfg, model, tokenizer, stream):
     """What this run is, in numbers, and its first example with the supervised part marked."""
     total, trainable = (sum(p.numel() for p in ps) for ps in (model.parameters(), trained(model).values()))
     p = next(model.parameters())
-    device = torch.cuda.get_device_name() if p.device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    on_gpu = p.device.type == "cuda"
+    device = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     device += f", times {RANKS}" if RANKS > 1 else ""
     padded = real = supervised = n = 0
     for step in range(min(10, cfg.steps)):
         for _, y, m in step_batches(cfg, stream, share=list)(step):
-            padded, real, supervised, n = padded + m.numel(), real + int(m.sum()), supervised + int((y >= 0).sum()), n + 1
+            padded, real = padded + m.numel(), real + int(m.sum())
+            supervised, n = supervised + int((y >= 0).sum()), n + 1
     steps = min(10, cfg.steps)
     print(f"device: {device}, base in {str(p.dtype)[6:]}; method: {cfg.method}\n"
           f"parameters: {total:,}, trainable {trainable:,} ({trainable / total:.2%})\n"
@@ -876,12 +925,13 @@ def print_start(cfg, model, tokenizer, stream):
           f"in {n / steps:.1f} micro-batches, {1 - real / padded:.1%} padding")
     e = stream(0)
     prompt, expected = tokenizer.decode(e.ids[:e.n_prompt]), tokenizer.decode(e.ids[e.n_prompt:-1])
-    print(f"first example, supervised part in [[ ]]: {prompt if len(prompt) < 300 else '...' + prompt[-297:]!r} "
-          f"[[{expected if len(expected) < 300 else expected[:297] + '...'!r} + end of sequence]]")
+    prompt = prompt if len(prompt) < 300 else "..." + prompt[-297:]
+    expected = expected if len(expected) < 300 else expected[:297] + "..."
+    print(f"first example, supervised part in [[ ]]: {prompt!r} [[{expected!r} + end of sequence]]")
 
 
 def run_train(cfg, saved):
-    """Base, data, evaluation before, training, evaluation after; writes log.jsonl, adapter.pt and summary.json."""
+    """Base, data, evaluation before, training and after; writes log.jsonl, adapter.pt and summary.json."""
     out = Path(cfg.out_dir)
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
@@ -905,11 +955,12 @@ def run_train(cfg, saved):
         log.flush(sync=True)                     # a checkpoint is never ahead of the log
         content = checkpoint_content(cfg, base, model, optimizers, totals) | {
             "before": before, "rows": rows_digest, "log_bytes": log.size}
-        write_atomically(out / "checkpoint.pt", lambda f: torch.save(content, f), previous(out / "checkpoint.pt"))
+        path = out / "checkpoint.pt"
+        write_atomically(path, lambda f: torch.save(content, f), previous(path))
 
     with held_signals() as stopped:
-        totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, resumed=saved, log=log,
-                     save=save if RANK == 0 else None, stopped=stopped)
+        totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps,
+                     resumed=saved, log=log, save=save if RANK == 0 else None, stopped=stopped)
     results = evaluate(model, split, cfg.max_tokens, "after")
     write_atomically(out / "adapter.pt", lambda f: torch.save(adapter_content(cfg, base, model), f))
     summary = summarise(cfg, model, totals, before, results, chance)
@@ -917,15 +968,18 @@ def run_train(cfg, saved):
     print_results(results, chance, before)
     if RANK == 0:
         print_samples(model, tokenizer, split, cfg)
-    print(f"\nmean accuracy {summary['mean_accuracy']:.3f}, before {summary['base_mean_accuracy']:.3f}; {summary['seconds']:.0f} s of "
-          f"training, {summary['tokens_per_second']:,} tokens/s, {totals['skipped']} steps skipped; wrote {out}/")
+    print(f"\nmean accuracy {summary['mean_accuracy']:.3f}, before {summary['base_mean_accuracy']:.3f}; "
+          f"{summary['seconds']:.0f} s of training, {summary['tokens_per_second']:,} tokens/s, "
+          f"{totals['skipped']} steps skipped; wrote {out}/")
     return summary
 
 
 def summarise(cfg, model, totals, before, results, chance):
     p = next(model.parameters())
-    return {"method": cfg.method, "seed": cfg.seed, "steps": cfg.steps, "seconds": round(totals["seconds"], 1),
-            "tokens_per_second": round(totals["tokens"] / totals["seconds"]), "skipped_steps": totals["skipped"],
+    return {"method": cfg.method, "seed": cfg.seed, "steps": cfg.steps,
+            "seconds": round(totals["seconds"], 1),
+            "tokens_per_second": round(totals["tokens"] / totals["seconds"]),
+            "skipped_steps": totals["skipped"],
             "trainable_parameters": sum(p.numel() for p in trained(model).values()),
             "total_parameters": sum(p.numel() for p in model.parameters()),
             "accuracy": {t: r["accuracy"] for t, r in results.items()}, "chance": chance,
@@ -947,7 +1001,7 @@ def run_eval(cfg, saved):
 
 
 def printer(tokenizer, ends):
-    """A function that prints each new token (1, 1) as soon as its text is whole, for a letter may span several."""
+    """A function that prints each new token (1, 1) when its text is whole, for a letter may span several."""
     ids, shown = [], 0
 
     def show(new):
@@ -969,12 +1023,15 @@ def run_sample(cfg, saved):
         if wrong := data.fault("prompt", text, not cfg.prompt):
             raise InputError(f"the prompt {wrong}")
         # the bare base continues the text, unless a template of its own is named; an adapter answers it
-        ids = tokenizer.prefix + tokenizer.encode(text) if cfg.method == "none" and cfg.template == "paper" else (
+        bare = cfg.method == "none" and cfg.template == "paper"
+        ids = tokenizer.prefix + tokenizer.encode(text) if bare else (
             data.encode(tokenizer, data.Row("sample", text, "", "")).ids[:-1])
         if text.strip():
             if not 0 < len(ids) <= cfg.max_length:
-                raise InputError(f"the prompt has {len(ids)} tokens; give 1 to {cfg.max_length}, or raise --max_length")
-            answers(model, tokenizer, [ids], cfg, cfg.max_new_tokens, printer(tokenizer, model.config.eos_token_id))
+                raise InputError(f"the prompt has {len(ids)} tokens; give 1 to {cfg.max_length}, or raise "
+                                 "--max_length")
+            answers(model, tokenizer, [ids], cfg, cfg.max_new_tokens,
+                    printer(tokenizer, model.config.eos_token_id))
             print()
 
 
@@ -984,7 +1041,7 @@ def run_export(cfg, saved):
     merge(model)
     out = Path(f"{Path(cfg.export)}.tmp")
     save_llama(model, out)
-    for file in tokenizer.path.parent.glob("*token*.*"):     # tokenizer.json, special_tokens_map.json and the like
+    for file in tokenizer.path.parent.glob("*token*.*"):  # tokenizer.json, special_tokens_map.json, ...
         shutil.copy(file, out)
     os.replace(out, cfg.export)
     n = sum(p.numel() for p in model.base_parameters().values())
@@ -1003,7 +1060,7 @@ SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_wor
 
 
 class Arm(NamedTuple):
-    """One thing to time. method 'none' is the frozen base, 'peft' that package's LoRA of rank E*r; rows: share of all."""
+    """One thing to time. method 'none': frozen base; 'peft': its LoRA of rank E*r; rows: share of all."""
     method: str
     n_experts: int
     rank: int
@@ -1013,7 +1070,8 @@ class Arm(NamedTuple):
 
     @property
     def name(self):
-        return {"none": "frozen base", "peft": "PEFT's LoRA"}.get(self.method, self.method + " looped" * self.looped)
+        names = {"none": "frozen base", "peft": "PEFT's LoRA"}
+        return names.get(self.method, self.method + " looped" * self.looped)
 
 
 def bench_arms(cfg, layers):
@@ -1025,9 +1083,11 @@ def bench_arms(cfg, layers):
     groups = {}
     for group in cfg.bench:
         if group == "spread":
-            arms = [Arm("none", E, r, layers), *(Arm("teamlora", n, total // n, layers) for n in (1, 2, 4, 8, 16))]
+            arms = [Arm("none", E, r, layers),
+                    *(Arm("teamlora", n, total // n, layers) for n in (1, 2, 4, 8, 16))]
         elif group == "growth":
-            arms = [Arm(method, E, r, n, rows=rows) for n, rows in ((layers, 1), (layers, 0.5), (max(1, layers // 2), 1))
+            arms = [Arm(method, E, r, n, rows=rows)
+                    for n, rows in ((layers, 1), (layers, 0.5), (max(1, layers // 2), 1))
                     for method in ("none", "teamlora")]
             arms += [Arm("teamlora", E, 4 * r, layers), Arm("teamlora", 4 * E, r, layers)]
         else:
@@ -1040,8 +1100,8 @@ def bench_arms(cfg, layers):
 
 
 def bench_batches(cfg, vocab_size, share):
-    """Micro-batches of a step: rows of --max_length, or with --data as long as those rows (four bytes a token). Ids are
-    random, the last quarter of a row is supervised."""
+    """Micro-batches of a step: rows of --max_length, or with --data as long as those rows (four bytes a
+    token). Ids are random, the last quarter of a row is supervised."""
     lengths = [cfg.max_length] * (cfg.max_tokens // cfg.max_length)
     if cfg.data:
         rows = data.read_rows(cfg.data)
@@ -1061,13 +1121,14 @@ def bench_base(cfg, device, dtype):
     config = SIZES[cfg.size]
     torch.set_default_dtype(dtype)               # so that a 7B never exists in fp32
     with torch.device(device):
-        base = Llama(replace(config, num_hidden_layers=cfg.bench_layers or config.num_hidden_layers)).init_weights()
+        n = cfg.bench_layers or config.num_hidden_layers
+        base = Llama(replace(config, num_hidden_layers=n)).init_weights()
     torch.set_default_dtype(torch.float32)
     return base
 
 
 def peft_model(base, arm, cfg):
-    """transformers' Llama on the base's weights with PEFT's LoRA of total rank E*r: what a user would pick instead."""
+    """transformers' Llama on the base's weights, PEFT's LoRA of rank E*r: what a user would pick instead."""
     import peft
     import transformers
     c = replace(base.config, num_hidden_layers=arm.layers)
@@ -1077,7 +1138,7 @@ def peft_model(base, arm, cfg):
         model = transformers.LlamaForCausalLM(config)
     model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
     with base.lm_head.weight.device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)                # a table that no checkpoint holds
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a table that no checkpoint holds
     if cfg.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return peft.get_peft_model(model, peft.LoraConfig(
@@ -1097,7 +1158,7 @@ def bench_model(base, arm, cfg):
     model.checkpointing = cfg.checkpointing
     for _, layer in adapter_layers(model) if arm.looped else ():
         layer.forward = partial(published_loop, layer)
-    if arm.method == "none":                     # gradients flow down to the embeddings: 4 N, and no parameter gets one
+    if arm.method == "none":  # gradients flow down to the embeddings: 4 N, and no parameter gets one
         model.model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
     if cfg.compile:
         model.compile_blocks()
@@ -1105,12 +1166,13 @@ def bench_model(base, arm, cfg):
 
 
 def bench_runs(model, arm, batches, cfg):
-    """Of an arm: a whole training step and a forward pass, to be called, and the bytes of its weights and optimizer."""
+    """Of an arm: a training step and a forward pass, to be called, and the bytes of weights and optimizer."""
     optimizers = make_optimizers(model, cfg) if arm.method != "none" else []
 
     def peft_loss(x, y, m):
-        labels = torch.cat((torch.full_like(y[:, :1], -1), y[:, :-1]), 1)            # transformers shifts them back
-        return model(input_ids=x, attention_mask=m.long(), labels=labels.where(labels >= 0, -100), use_cache=False).loss
+        labels = torch.cat((torch.full_like(y[:, :1], -1), y[:, :-1]), 1)  # transformers shifts them back
+        return model(input_ids=x, attention_mask=m.long(), labels=labels.where(labels >= 0, -100),
+                     use_cache=False).loss
 
     def step():
         model.train()
@@ -1154,26 +1216,29 @@ def matmul_peak(device, dtype):
 
 
 def allocated_peak(run, device):
-    """Most bytes allocated at once during run(), beyond what was allocated before: on the CPU from the profiler's log."""
+    """Most bytes allocated at once during run(), beyond those before; on the CPU from the profiler's log."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")                                  # it announces itself otherwise
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself otherwise
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
     events = profile.profiler.kineto_results.events()
     log = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate(n for _, n in log))
 
 
-def training_memory(config, adapter, rows, length, dtype=torch.bfloat16, checkpointing=False, supervised=0.25):
-    """Bytes that a training step on rows * length tokens needs at its peak, by what needs them; nothing is allocated.
+def training_memory(config, adapter, rows, length,
+                    dtype=torch.bfloat16, checkpointing=False, supervised=0.25):
+    """Bytes of a training step on rows * length tokens at its peak, by what needs them; none is allocated.
 
-    weights: the frozen base; adapters: fp32, with gradients and the two moments of AdamW; activations: of every layer
-    what autograd keeps, traced without storage, or with checkpointing its input; working: the larger of the head's logits
-    with their softmax and gradient, and the gradients inside an FFN (with checkpointing also what its layer keeps).
+    weights: the frozen base; adapters: fp32, with gradients and the two moments of AdamW; activations: of
+    every layer what autograd keeps, traced without storage, or with checkpointing its input; working: the
+    larger of the head's logits with their softmax and gradient, and the gradients inside an FFN (with
+    checkpointing also what its layer keeps).
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept, L, size = {}, config.num_hidden_layers, dtype.itemsize
@@ -1190,12 +1255,13 @@ def training_memory(config, adapter, rows, length, dtype=torch.bfloat16, checkpo
         rotary = rotary_tables(config, 0, length, "cpu")
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             block(x, rotary)
-        for t in (*rotary, *block.parameters()):                                     # shared, or counted as weights
+        for t in (*rotary, *block.parameters()):  # shared, or counted as weights
             kept.pop(t.untyped_storage()._cdata, None)
         layer = sum(t.untyped_storage().nbytes() for t in kept.values())
     n_frozen = sum(p.numel() for p in frozen)
     n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
-    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size   # tables and last norm
+    # tables and last norm
+    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size
     n_logits = min(round(supervised * rows * length) * config.vocab_size, MAX_LOGITS)
     ffn = 3 * rows * length * config.intermediate_size * size
     return {"weights": (L * n_frozen + n_shared) * size, "adapters": 16 * L * n_trained,
@@ -1214,13 +1280,16 @@ def bench_group(group, arms, base, cfg, device, peak):
     rows = []
     for i, arm in enumerate(arms):
         step, inference = (statistics.median(round_[i][k] for round_ in times) for k in (0, 1))
-        limit = next(j for j, a in enumerate(arms) if (a.method, a.layers, a.rows) == ("none", arm.layers, arm.rows))
+        limit = next(j for j, a in enumerate(arms)
+                     if (a.method, a.layers, a.rows) == ("none", arm.layers, arm.rows))
         tokens = sum(int(m.sum()) for *_, m in batches[arm.rows])
         supervised = sum(int((y >= 0).sum()) for _, y, _ in batches[arm.rows])
-        blocks = sum(p.numel() for block in base.model.layers[:arm.layers] for p in block.parameters() if p.dim() == 2)
+        blocks = sum(p.numel() for block in base.model.layers[:arm.layers]
+                     for p in block.parameters() if p.dim() == 2)
         flops = 4 * (blocks * tokens + base.lm_head.weight.numel() * supervised)
-        rows.append({"group": group, "name": arm.name, "method": arm.method, "n_experts": arm.n_experts, "rank": arm.rank,
-                     "looped": arm.looped, "layers": arm.layers, "tokens": tokens, "step_ms": round(1e3 * step, 2),
+        rows.append({"group": group, "name": arm.name, "method": arm.method, "n_experts": arm.n_experts,
+                     "rank": arm.rank, "looped": arm.looped, "layers": arm.layers, "tokens": tokens,
+                     "step_ms": round(1e3 * step, 2),
                      "inference_ms": round(1e3 * inference, 2),
                      "over_limit": round(step / statistics.median(round_[limit][0] for round_ in times), 4),
                      "tokens_per_second": round(tokens / step), "utilisation": round(flops / step / peak, 4),
@@ -1230,19 +1299,20 @@ def bench_group(group, arms, base, cfg, device, peak):
 
 def print_bench(rows):
     """A line per row of a group; for a group of all methods also the ratios that matter."""
-    print(f"\n{'method':<17}{'E':>3}{'r':>4}{'layers':>7}{'tokens':>7}{'ms/step':>9}{'x limit':>8}{'tokens/s':>10}"
-          f"{'of peak':>8}{'forward':>9}{'MB':>9}")
+    print(f"\n{'method':<17}{'E':>3}{'r':>4}{'layers':>7}{'tokens':>7}{'ms/step':>9}{'x limit':>8}"
+          f"{'tokens/s':>10}{'of peak':>8}{'forward':>9}{'MB':>9}")
     for r in rows:
-        print(f"{r['name']:<17}{r['n_experts']:>3}{r['rank']:>4}{r['layers']:>7}{r['tokens']:>7}{r['step_ms']:>9.1f}"
-              f"{r['over_limit']:>8.3f}{r['tokens_per_second']:>10,}{r['utilisation']:>8.1%}{r['inference_ms']:>9.1f}"
-              f"{r['peak_memory_mb']:>9.0f}")
+        print(f"{r['name']:<17}{r['n_experts']:>3}{r['rank']:>4}{r['layers']:>7}{r['tokens']:>7}"
+              f"{r['step_ms']:>9.1f}{r['over_limit']:>8.3f}{r['tokens_per_second']:>10,}"
+              f"{r['utilisation']:>8.1%}{r['inference_ms']:>9.1f}{r['peak_memory_mb']:>9.0f}")
     named = {r["name"]: r for r in rows}
     if "lora" in named:
         team = named["teamlora"]
         print("teamlora's step over " + ", ".join(f"{name} {team['step_ms'] / r['step_ms']:.3f}"
                                                   for name, r in named.items() if r != team))
-        print("teamlora's memory over " + ", ".join(f"{name} {team['peak_memory_mb'] / named[name]['peak_memory_mb']:.3f}"
-                                                    for name in ("frozen base", "lora")))
+        print("teamlora's memory over " + ", ".join(
+            f"{name} {team['peak_memory_mb'] / named[name]['peak_memory_mb']:.3f}"
+            for name in ("frozen base", "lora")))
     if rows[0]["group"] == "spread":
         steps = [r["step_ms"] for r in rows[1:]]
         print(f"spread over E: {max(steps) / min(steps):.3f}")
@@ -1255,12 +1325,14 @@ def run_bench(cfg, saved):
     base = bench_base(cfg, device, dtype)
     layers, peak = cfg.bench_layers or base.config.num_hidden_layers, matmul_peak(device, dtype)
     if layers > base.config.num_hidden_layers:
-        raise InputError(f"--bench_layers={layers}, but {cfg.init_from} has only {base.config.num_hidden_layers} layers")
+        raise InputError(f"--bench_layers={layers}, but {cfg.init_from} has only "
+                         f"{base.config.num_hidden_layers} layers")
     batches = bench_batches(cfg, base.config.vocab_size, 1.0)
     real, padded = (sum(f(m) for *_, m in batches) for f in (lambda m: int(m.sum()), torch.numel))
-    print(f"{cfg.init_from or cfg.size}, {layers} layers, {str(dtype)[6:]} on "
-          f"{torch.cuda.get_device_name() if device == 'cuda' else f'cpu, {torch.get_num_threads()} threads'}; matmul peak "
-          f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, {1 - real / padded:.1%} padding")
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{cfg.init_from or cfg.size}, {layers} layers, {str(dtype)[6:]} on {name}; matmul peak "
+          f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, "
+          f"{1 - real / padded:.1%} padding")
     largest = max((m.shape for *_, m in batches), key=math.prod)
     estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype,
                                cfg.checkpointing)
@@ -1275,20 +1347,23 @@ def run_bench(cfg, saved):
     write_atomically(out / "bench.json", lambda f: f.write((json.dumps(rows, indent=1) + "\n").encode()))
     print(f"\nwrote {out}/bench.json")
     return rows
+
+
 # ---- Experiments: methods side by side, and what the experts are worth
 
 def variants(cfg, model_config):
     """What a comparison can train: name -> settings that differ from cfg.
 
-    Every rank keeps alpha / r, and LoRA and HydraLoRA get the rank that brings them closest to TeamLoRA's size, for a
-    router takes parameters too. Competition changes two things, M and the sum of the weights; the cells of that table
-    are moelora (no M, sum 1: H-LoRA as its code is), moelora_sum_E (no M, sum E: H-LoRA as its equation is),
-    teamlora_sum_1 and teamlora. To scale all weights by E is to scale alpha, so these are the runs of equal effective
-    scale as well.
+    Every rank keeps alpha / r, and LoRA and HydraLoRA get the rank that brings them closest to TeamLoRA's
+    size, for a router takes parameters too. Competition changes two things, M and the sum of the weights; the
+    cells of that table are moelora (no M, sum 1: H-LoRA as its code is), moelora_sum_E (no M, sum E: H-LoRA
+    as its equation is), teamlora_sum_1 and teamlora. To scale all weights by E is to scale alpha, so these
+    are the runs of equal effective scale as well.
     """
     def size(**settings):
         with torch.device("meta"):
-            return sum(p.numel() for p in trained(Llama(model_config, replace(cfg, **settings).adapter)).values())
+            model = Llama(model_config, replace(cfg, **settings).adapter)
+        return sum(p.numel() for p in trained(model).values())
 
     def ranked(method, rank, n_experts):
         return {"method": method, "rank": rank, "n_experts": n_experts, "alpha": cfg.alpha / cfg.rank * rank}
@@ -1299,14 +1374,15 @@ def variants(cfg, model_config):
 
     r, E = cfg.rank, cfg.n_experts
     hydra, lora = matched("hydralora", E), matched("lora", 1)
-    result = {"none": {"method": "none"}, "lora": lora, "moelora": {"method": "moelora"}, "hydralora": hydra, "teamlora": {"method": "teamlora"},
-              "full": {"method": "full"},
+    result = {"none": {"method": "none"}, "lora": lora, "moelora": {"method": "moelora"}, "hydralora": hydra,
+              "teamlora": {"method": "teamlora"}, "full": {"method": "full"},
               "moelora_sum_E": {"method": "moelora", "alpha": E * cfg.alpha},
               "teamlora_sum_1": {"method": "teamlora", "alpha": cfg.alpha / E},
               "hydralora_sum_E": {**hydra, "alpha": E * hydra["alpha"]},
               "teamlora_balanced": {"method": "teamlora", "balance": 0.1},
-              "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}     # its weights are E times smaller
-    result |= {f"teamlora_E{e}": ranked("teamlora", E * r // e, e) for e in (1, 2, 4, 8) if e != E and E * r % e == 0}
+              "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}  # weights E times smaller
+    result |= {f"teamlora_E{e}": ranked("teamlora", E * r // e, e)
+               for e in (1, 2, 4, 8) if e != E and E * r % e == 0}
     result |= {"teamlora_half_rank": ranked("teamlora", r // 2, E)} if r > 1 else {}
     return result | {"teamlora_rank_x8": ranked("teamlora", 8 * r, E),
                      "lora_rank_x8": ranked("lora", 8 * lora["rank"], 1), "lora_rank_1": ranked("lora", 1, 1)}
@@ -1340,8 +1416,10 @@ def train_variant(cfg, name, rows):
         model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
     results = evaluate(model, test, cfg.max_tokens, "test")
     chosen_by = evaluate(model, validation, cfg.max_tokens, "validation")
-    row = {"method": cfg.method, "variant": name, "seed": cfg.seed, "learning_rate": cfg.learning_rate, "steps": cfg.steps,
-           "n_experts": cfg.n_experts, "trainable_parameters": sum(p.numel() for p in trained(model).values()), "seconds": round(totals["seconds"], 1),
+    row = {"method": cfg.method, "variant": name, "seed": cfg.seed, "learning_rate": cfg.learning_rate,
+           "steps": cfg.steps, "n_experts": cfg.n_experts,
+           "trainable_parameters": sum(p.numel() for p in trained(model).values()),
+           "seconds": round(totals["seconds"], 1),
            "accuracy": {t: r["accuracy"] for t, r in results.items()},
            "mean_accuracy": mean(r["accuracy"] for r in results.values()), "val_loss": val_loss(chosen_by),
            "val_accuracy": mean(r["accuracy"] for r in chosen_by.values()), "test_loss": val_loss(results),
@@ -1352,9 +1430,9 @@ def train_variant(cfg, name, rows):
 
 
 def run_compare(cfg, _):
-    """Every method with every seed at the learning rate that validation chose; a line of compare.jsonl per run.
+    """Every method and seed at the learning rate that validation chose; a line of compare.jsonl per run.
 
-    Runs that are in the file already, with the same settings, are not made again. Returns name -> rows of the table.
+    Runs that are there already with the same settings are not made again. Returns name -> rows of the table.
     """
     path, rows = Path(cfg.out_dir) / "compare.jsonl", read_data(cfg)
     if rows:
@@ -1371,7 +1449,8 @@ def run_compare(cfg, _):
     done = {r["settings"]: r for _, r in data.read_objects(path)} if path.is_file() else {}
 
     def run(name, learning_rate, seed):
-        one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed, **possible[name])
+        one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed,
+                      **possible[name])
         shaping = {k: v for k, v in asdict(one).items() if k not in FREE_ON_RESUME + OF_COMPARISON}
         settings = data.digest([base, json.dumps(shaping, sort_keys=True)])
         if settings not in done:
@@ -1404,7 +1483,7 @@ def run_compare(cfg, _):
 
 
 def interval(differences):
-    """(mean, half width of its 95% interval by Student's t) of paired differences; None without at least two."""
+    """(mean, half width of its 95% interval by Student's t) of paired differences; None with fewer than 2."""
     n = len(differences)
     if n < 2:
         return mean(differences), None
@@ -1413,11 +1492,11 @@ def interval(differences):
 
 
 def print_comparison(table):
-    """A line per method: size, chosen rate, time, accuracy per task, mean and deviation over seeds, difference to LoRA."""
+    """A line per method: size, rate, time, accuracy by task, mean, deviation over seeds, gain over LoRA."""
     tasks = list(next(iter(table.values()))[0]["accuracy"])
     width = max(map(len, [*table, "method"]))
-    print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8} " + "".join(f"{t[:7]:>8}" for t in tasks)
-          + f"{'mean':>8}{'sd':>7}   to lora (95%)")
+    print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8} "
+          + "".join(f"{t[:7]:>8}" for t in tasks) + f"{'mean':>8}{'sd':>7}   to lora (95%)")
     for name, rows in table.items():
         means = torch.tensor([r["mean_accuracy"] for r in rows], dtype=torch.float64)
         deviation = f"{means.std().item():7.3f}" if len(rows) > 1 else f"{'-':>7}"
@@ -1440,13 +1519,14 @@ def print_comparison(table):
 
 
 def print_bars(values, width=60):
-    """A bar to the mean of each tensor of values, up to 1; grey reaches one deviation over seeds to either side."""
+    """A bar to the mean of each tensor of values, up to 1; grey reaches a deviation over seeds either way."""
     low = math.floor(10 * min(v.min().item() for v in values.values())) / 10
     print(f"\nmean accuracy, from {low:.1f} to 1")
     for name, v in values.items():
         m, s = v.mean().item(), v.std().item() if len(v) > 1 else 0.0
         places = [low + (i + 0.5) / width * (1 - low) for i in range(width)]
-        print(f"{name:{max(map(len, values))}} " + "".join("█" if x < m - s else "▒" if x < m + s else "·" for x in places))
+        bar = "".join("█" if x < m - s else "▒" if x < m + s else "·" for x in places)
+        print(f"{name:{max(map(len, values))}} {bar}")
 
 
 def rank_correlation(a, b):
@@ -1456,7 +1536,7 @@ def rank_correlation(a, b):
 
 
 def run_shapley(cfg, saved):
-    """The exact Shapley value of each expert per task, beside the router's mean weight; writes out_dir/shapley.json."""
+    """The exact Shapley value of each expert by task, beside its mean weight; writes out_dir/shapley.json."""
     if cfg.method in ("full", "none") or not 1 < cfg.n_experts <= 8:
         raise InputError(f"--mode=shapley needs an adapter with 2 to 8 experts; {cfg.out_dir}/adapter.pt has "
                          f"method={cfg.method} and n_experts={cfg.n_experts}")
@@ -1469,12 +1549,13 @@ def run_shapley(cfg, saved):
             results = evaluate(model, split, cfg.max_tokens, f"coalition {index + 1} of {2 ** E}")
         for key, sign in (("accuracy", 1), ("loss", -1)):
             value[key].append([sign * results[t][key] for t in tasks])
-    value = {key: torch.tensor(v, dtype=torch.float64) for key, v in value.items()}                # (2^E, tasks)
+    value = {key: torch.tensor(v, dtype=torch.float64) for key, v in value.items()}  # (2^E, tasks)
     usage = torch.tensor([results[t]["usage"] for t in tasks], dtype=torch.float64)  # (tasks, E)
     worth = {key: shapley_values(v).T for key, v in value.items()}                   # (tasks, E)
     agreement = {key: [rank_correlation(a, b) for a, b in zip(w, usage)] for key, w in worth.items()}
     pairs = shapley_interactions(value["loss"]).mean(-1)                             # (E, E)
-    M = [layer.interaction.detach().double().cpu() for _, layer in adapter_layers(model) if layer.interaction is not None]
+    M = [layer.interaction.detach().double().cpu()
+         for _, layer in adapter_layers(model) if layer.interaction is not None]
     upper = torch.triu_indices(E, E, 1).unbind()
     learned = torch.stack(M).mean(0) if M else torch.full((E, E), math.nan)
     result = {"tasks": tasks, "value": value, "shapley": worth, "usage": usage, "rank_correlation": agreement,
@@ -1490,8 +1571,9 @@ def run_shapley(cfg, saved):
 
 
 def print_shapley(result):
-    """Per task: what all experts are worth, each expert's Shapley value (of minus the loss) and mean weight."""
-    worth, usage, gain = result["shapley"]["loss"], result["usage"], result["value"]["accuracy"][-1] - result["value"]["accuracy"][0]
+    """Per task: what all experts are worth, each one's Shapley value (of minus the loss) and mean weight."""
+    worth, usage, accuracy = result["shapley"]["loss"], result["usage"], result["value"]["accuracy"]
+    gain = accuracy[-1] - accuracy[0]
     E, width = worth.shape[1], max(map(len, [*result["tasks"], "mean"])) + 2
     print(f"\n{'task':{width}}{'accuracy gained':>16}   " + f"{'Shapley value, in nats of loss':{8 * E}}   " +
           f"{'mean weight of the router':{8 * E}}  rank correlation")
@@ -1501,9 +1583,10 @@ def print_shapley(result):
     for key, agreement in result["rank_correlation"].items():
         known = [a for a in agreement if not math.isnan(a)]
         if known:
-            print(f"rank correlation of Shapley value by {key} and mean weight: {mean(known):+.2f}, mean over {len(known)} tasks")
-    print(f"pairwise interaction against the learned M: rank correlation {result['interaction_correlation']:+.2f} over "
-          f"{E * (E - 1) // 2} pairs")
+            print(f"rank correlation of Shapley value by {key} and mean weight: {mean(known):+.2f}, "
+                  f"mean over {len(known)} tasks")
+    print("pairwise interaction against the learned M: "
+          f"rank correlation {result['interaction_correlation']:+.2f} over {E * (E - 1) // 2} pairs")
 
 
 def print_layers(results):
@@ -1527,23 +1610,26 @@ def pyplot():
 
 
 def plot_comparison(table, out):
-    """compare.png: mean accuracy of each method with its deviation over seeds; experts.png: over E at equal total rank."""
+    """compare.png: mean accuracy, deviation over seeds, by method; experts.png: by E at equal total rank."""
     plt = pyplot()
     by_experts = {int(name[10:]): rows for name, rows in table.items() if name.startswith("teamlora_E")}
     if by_experts and "teamlora" in table:
         by_experts[table["teamlora"][0]["n_experts"]] = table["teamlora"]
-    for file, label, bars in (("compare.png", "", table), ("experts.png", "experts E, equal total rank", dict(sorted(by_experts.items())))):
+    by_experts = dict(sorted(by_experts.items()))
+    for file, label, bars in (("compare.png", "", table),
+                              ("experts.png", "experts E, equal total rank", by_experts)):
         if not bars:
             continue
         means = [torch.tensor([r["mean_accuracy"] for r in rows]) for rows in bars.values()]
         figure, axes = plt.subplots(figsize=(1.5 + 0.7 * len(bars), 4), layout="constrained")
-        axes.bar(range(len(bars)), [m.mean().item() for m in means], color="0.8", edgecolor="black", capsize=4,
-                 yerr=[m.std().item() if len(m) > 1 else 0 for m in means])
+        axes.bar(range(len(bars)), [m.mean().item() for m in means], color="0.8", edgecolor="black",
+                 capsize=4, yerr=[m.std().item() if len(m) > 1 else 0 for m in means])
         for i, m in enumerate(means):
             axes.plot([i] * len(m), m, "k.", markersize=4)
         low = min(m.min().item() for m in means)
         axes.set_ylim(max(0, low - 0.5 * (1 - low)), 1)
-        axes.set_xticks(range(len(bars)), bars, rotation=0 if label else 60, ha="center" if label else "right")
+        axes.set_xticks(range(len(bars)), bars, rotation=0 if label else 60,
+                        ha="center" if label else "right")
         axes.set_xlabel(label)
         axes.set_ylabel("mean accuracy over tasks (axis cut)")
         figure.savefig(out / file, dpi=120)
@@ -1551,7 +1637,7 @@ def plot_comparison(table, out):
 
 
 def plot_experts(result, results, out):
-    """usage.png: mean weight of every expert by task and layer; shapley.png: Shapley value against mean weight."""
+    """usage.png: each expert's mean weight by task and layer; shapley.png: Shapley value over mean weight."""
     plt = pyplot()
     usage = torch.stack([r["weights"].mean(0) for r in results.values()])            # (tasks, L, E)
     figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
@@ -1564,7 +1650,8 @@ def plot_experts(result, results, out):
     figure.savefig(out / "usage.png", dpi=120)
     figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
     for e, marker in zip(range(usage.shape[2]), "o^sxD+v*"):
-        axes.plot(result["usage"][:, e], result["shapley"]["loss"][:, e], "k" + marker, fillstyle="none", label=f"expert {e}")
+        axes.plot(result["usage"][:, e], result["shapley"]["loss"][:, e], "k" + marker, fillstyle="none",
+                  label=f"expert {e}")
     axes.set_xlabel("mean weight of the router")
     axes.set_ylabel("Shapley value (nats of loss saved)")
     axes.legend()
@@ -1572,8 +1659,8 @@ def plot_experts(result, results, out):
     plt.close("all")
 
 
-MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export, "compare": run_compare,
-         "shapley": run_shapley, "bench": run_bench}
+MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export,
+         "compare": run_compare, "shapley": run_shapley, "bench": run_bench}
 
 
 def main(argv=None):
@@ -1592,18 +1679,21 @@ def main(argv=None):
         # names from files may hold line ends and terminal codes
         sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(e))[:1000])
     except torch.OutOfMemoryError as e:
-        sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add --checkpointing; a run "
-                 "that was training continues with the same flags, these changed, and --resume")
+        sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add "
+                 "--checkpointing; a run that was training continues with the same flags, these changed, and "
+                 "--resume")
     except KeyboardInterrupt as e:
         if given.get("mode", "train") != "train":
             sys.exit("error: interrupted")
-        flags = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}" for k, v in given.items() if k not in ("resume", "stop_after")]
-        print(f"{str(e) or 'stopped'}; continue with: {shlex.join(['python', 'train.py', *flags, '--resume'])}")
+        flags = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}"
+                 for k, v in given.items() if k not in ("resume", "stop_after")]
+        command = shlex.join(["python", "train.py", *flags, "--resume"])
+        print(f"{str(e) or 'stopped'}; continue with: {command}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)    # outside of training too, a SIGTERM is like Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, too, like Ctrl-C
     main()
