@@ -2127,7 +2127,8 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
     (tmp_path / "base").symlink_to(finished[0] / "base")
     flags = SMALL + ["--mode=compare", f"--out_dir={tmp_path}", "--steps=2", "--seeds=0,1"]
     table = train.main(flags + ["--methods=none,lora,teamlora", "--learning_rates=1e-3,1e-2"])
-    bare = train.main(["--mode=eval", "--method=none", "--val_examples=3", f"--out_dir={finished[0]}", "--device=cpu"])
+    bare = train.main(["--mode=eval", "--method=none", "--val_examples=3", f"--out_dir={finished[0]}",
+                       "--device=cpu"])
     assert table.pop("none")[0]["accuracy"] == {t: r["accuracy"] for t, r in bare.items()}
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
     for name, chosen in table.items():
