@@ -528,9 +528,9 @@ EXERCISES = (copying, recalling, judging, judging, about_choices, about_sameness
              about_sightings)
 # up to which text, share of statements, exercises. A model of this size learns to look things up within
 # minutes only if it first copies lists and then meets more and more words between a name and what is its.
-LESSONS = ((2000, 0.0, (copying,)), (12500, 0.05, (copying, recalling, recalling)), (21000, 0.2, EXERCISES),
+LESSONS = ((2000, 0.0, (copying,)), (9000, 0.05, (copying, recalling, recalling)), (20000, 0.2, EXERCISES),
            (math.inf, 0.7, EXERCISES))
-N_LESSONS = 21000                                # from here on the mixture stays the same
+N_LESSONS = 20000                                # from here on the mixture stays the same
 
 
 def paragraph(rng, make):
