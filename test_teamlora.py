@@ -2140,7 +2140,7 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
             r["val_accuracy"] == best for r in sweep) > 1
         assert chosen[0]["accuracy"].keys() == data.TASKS.keys()
     assert "task_information" in table["teamlora"][0] and "task_information" not in table["lora"][0]
-    assert "0.0" in capsys.readouterr().out
+    assert "to lora (95%)" in capsys.readouterr().out
     before = (tmp_path / "compare.jsonl").read_text()
     again = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2"])
     assert again == table and (tmp_path / "compare.jsonl").read_text() == before
