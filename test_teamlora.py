@@ -2120,6 +2120,7 @@ def test_paired_interval_and_rank_correlation():
     assert train.rank_correlation(a, a ** 3) == pytest.approx(1)
     assert train.rank_correlation(a, -a) == pytest.approx(-1)
     assert train.rank_correlation(a, torch.tensor([1.0, 1.0, 2.0, 2.0])) == pytest.approx(0.8944, abs=1e-4)
+    assert train.rank_correlation(a, torch.ones(4)) is None                # JSON has no nan
 
 
 def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
@@ -2142,10 +2143,15 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
     assert "task_information" in table["teamlora"][0] and "task_information" not in table["lora"][0]
     assert "to lora (95%)" in capsys.readouterr().out
     before = (tmp_path / "compare.jsonl").read_text()
-    again = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2"])
+    again = train.main(flags + ["--methods=lora,teamlora", "--learning_rates=1e-3,1e-2",
+                                "--reference=teamlora"])
     assert again == table and (tmp_path / "compare.jsonl").read_text() == before
-    with pytest.raises(SystemExit, match="error: --methods: 'nonsense' is none of none, lora,"):
-        train.main(flags + ["--methods=nonsense"])
+    d, half = train.interval([l["mean_accuracy"] - t["mean_accuracy"] for l, t in zip(*again.values())])
+    printed = capsys.readouterr().out
+    assert "to teamlora (95%)" in printed and f"{d:+.3f} ±{half:.3f}" in printed
+    for wrong in ("--methods=nonsense", "--reference=nonsense"):
+        with pytest.raises(SystemExit, match="error: --methods, --reference: 'nonsense' is none of none, "):
+            train.main(flags + [wrong])
 
 
 def test_shapley_mode_explains_the_whole_gain(finished, capsys):
@@ -2160,3 +2166,12 @@ def test_shapley_mode_explains_the_whole_gain(finished, capsys):
         assert torch.allclose(result["shapley"][key].sum(1), gain, atol=1e-6)
     assert result["value"]["loss"].shape == (16, 11) and (out / "shapley.json").is_file()
     assert "mean weight of the router" in capsys.readouterr().out
+
+
+def test_shapley_mode_of_lora_writes_json_that_others_read(finished, tmp_path):
+    """Catches NaN in shapley.json: LoRA's weights are all 1, so they have no rank, and it has no M."""
+    (tmp_path / "base").symlink_to(finished[0] / "base")
+    train.main(SMALL + [f"--out_dir={tmp_path}", "--method=lora", "--steps=1"])
+    train.main(["--mode=shapley", f"--out_dir={tmp_path}", "--device=cpu"])
+    written = (tmp_path / "shapley.json").read_text()
+    assert "NaN" not in written and json.loads(written)["rank_correlation"]["loss"] == [None] * 11

@@ -124,6 +124,7 @@ class Config:
                         "first")
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation "
                                  "questions; where the best is at the edge, the next beyond it is tried too")
+    reference: str = flag("lora", "of --mode=compare: the one of the methods to which differences are taken")
     plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
     export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging "
                            "Face's layout and --dtype, and end; with --method=none the base alone")
@@ -153,7 +154,7 @@ PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropo
          "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03,
          "weight_decay": 0.0, "max_length": 1024}
 # settings of a whole comparison, which shape none of its runs
-OF_COMPARISON = ("methods", "seeds", "learning_rates", "plot", "init_from")
+OF_COMPARISON = ("methods", "seeds", "learning_rates", "reference", "plot", "init_from")
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
 OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
 OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "template")
@@ -1441,9 +1442,9 @@ def run_compare(cfg, _):
     cfg = replace(cfg, init_from=cfg.init_from or str(Path(cfg.out_dir) / "base"))
     possible = variants(cfg, model.config)
     names = tuple(possible) if cfg.methods == ("all",) else cfg.methods
-    for name in names:
+    for name in (*names, cfg.reference):
         if name not in possible:
-            raise InputError(f"--methods: '{name}' is none of {', '.join(possible)}")
+            raise InputError(f"--methods, --reference: '{name}' is none of {', '.join(possible)}")
     path.parent.mkdir(parents=True, exist_ok=True)
     lock(path.parent.resolve())
     done = {r["settings"]: r for _, r in data.read_objects(path)} if path.is_file() else {}
@@ -1476,7 +1477,7 @@ def run_compare(cfg, _):
             rates = sorted([*rates, beyond])
         best = max(rates, key=lambda rate: sweep[rate]["val_accuracy"])
         table[name] = [run(name, best, seed) for seed in cfg.seeds]
-        print_comparison(table)
+        print_comparison(table, cfg.reference)
     if cfg.plot:
         plot_comparison(table, Path(cfg.out_dir))
     return table
@@ -1491,18 +1492,20 @@ def interval(differences):
     return mean(differences), t * torch.tensor(differences).std().item() / math.sqrt(n)
 
 
-def print_comparison(table):
-    """A line per method: size, rate, time, accuracy by task, mean, deviation over seeds, gain over LoRA."""
+def print_comparison(table, reference):
+    """A line per method: size, rate, time, accuracy by task, mean, deviation over seeds, difference."""
     tasks = list(next(iter(table.values()))[0]["accuracy"])
     width = max(map(len, [*table, "method"]))
     print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8} "
-          + "".join(f"{t[:7]:>8}" for t in tasks) + f"{'mean':>8}{'sd':>7}   to lora (95%)")
+          + "".join(f"{t[:7]:>8}" for t in tasks) + f"{'mean':>8}{'sd':>7}"
+          + f"   to {reference} (95%)" * (reference in table))
     for name, rows in table.items():
         means = torch.tensor([r["mean_accuracy"] for r in rows], dtype=torch.float64)
         deviation = f"{means.std().item():7.3f}" if len(rows) > 1 else f"{'-':>7}"
         difference = ""
-        if "lora" in table and name != "lora":
-            d, half = interval([r["mean_accuracy"] - l["mean_accuracy"] for r, l in zip(rows, table["lora"])])
+        if reference in table and name != reference:
+            d, half = interval([r["mean_accuracy"] - other["mean_accuracy"]
+                                for r, other in zip(rows, table[reference])])
             difference = f"   {d:+.3f}" + (f" ±{half:.3f}" if half is not None else "")
         print(f"{name:{width}}{rows[0]['trainable_parameters']:>11,}{rows[0]['learning_rate']:>9.0e}"
               f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f} "
@@ -1530,9 +1533,10 @@ def print_bars(values, width=60):
 
 
 def rank_correlation(a, b):
-    """Spearman's rank correlation of two vectors, ties sharing their rank; nan if one is constant."""
+    """Spearman's rank correlation of two vectors, ties sharing their rank; None if one is constant."""
     ranks = [(x[:, None] > x).double().sum(1) + 0.5 * (x[:, None] == x).double().sum(1) for x in (a, b)]
-    return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    correlation = torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    return None if math.isnan(correlation) else correlation
 
 
 def run_shapley(cfg, saved):
@@ -1557,11 +1561,13 @@ def run_shapley(cfg, saved):
     M = [layer.interaction.detach().double().cpu()
          for _, layer in adapter_layers(model) if layer.interaction is not None]
     upper = torch.triu_indices(E, E, 1).unbind()
-    learned = torch.stack(M).mean(0) if M else torch.full((E, E), math.nan)
     result = {"tasks": tasks, "value": value, "shapley": worth, "usage": usage, "rank_correlation": agreement,
-              "interaction": pairs, "learned_interaction": learned,
-              "interaction_correlation": rank_correlation(pairs[upper], ((learned + learned.T) / 2)[upper])}
-    plain = json.dumps(result, default=torch.Tensor.tolist, indent=1)
+              "interaction": pairs}
+    if M:
+        learned = torch.stack(M).mean(0)
+        result |= {"learned_interaction": learned, "interaction_correlation": rank_correlation(
+            pairs[upper], ((learned + learned.T) / 2)[upper])}
+    plain = json.dumps(result, default=torch.Tensor.tolist, indent=1, allow_nan=False)
     write_atomically(Path(cfg.out_dir) / "shapley.json", lambda f: f.write((plain + "\n").encode()))
     print_shapley(result)
     print_layers(results)
@@ -1573,20 +1579,22 @@ def run_shapley(cfg, saved):
 def print_shapley(result):
     """Per task: what all experts are worth, each one's Shapley value (of minus the loss) and mean weight."""
     worth, usage, accuracy = result["shapley"]["loss"], result["usage"], result["value"]["accuracy"]
-    gain = accuracy[-1] - accuracy[0]
+    gain, agreement = accuracy[-1] - accuracy[0], result["rank_correlation"]["loss"]
     E, width = worth.shape[1], max(map(len, [*result["tasks"], "mean"])) + 2
     print(f"\n{'task':{width}}{'accuracy gained':>16}   " + f"{'Shapley value, in nats of loss':{8 * E}}   " +
           f"{'mean weight of the router':{8 * E}}  rank correlation")
     for i, task in enumerate(result["tasks"]):
         print(f"{task:{width}}{gain[i]:16.3f}   " + "".join(f"{x:8.3f}" for x in worth[i]) + "   "
-              + "".join(f"{x:8.3f}" for x in usage[i]) + f"{result['rank_correlation']['loss'][i]:18.2f}")
+              + "".join(f"{x:8.3f}" for x in usage[i])
+              + "{:>18}".format("-" if agreement[i] is None else f"{agreement[i]:.2f}"))
     for key, agreement in result["rank_correlation"].items():
-        known = [a for a in agreement if not math.isnan(a)]
+        known = [a for a in agreement if a is not None]
         if known:
             print(f"rank correlation of Shapley value by {key} and mean weight: {mean(known):+.2f}, "
                   f"mean over {len(known)} tasks")
-    print("pairwise interaction against the learned M: "
-          f"rank correlation {result['interaction_correlation']:+.2f} over {E * (E - 1) // 2} pairs")
+    if result.get("interaction_correlation") is not None:  # LoRA and its like have no M; one pair, no rank
+        print("pairwise interaction against the learned M: "
+              f"rank correlation {result['interaction_correlation']:+.2f} over {E * (E - 1) // 2} pairs")
 
 
 def print_layers(results):
