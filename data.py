@@ -504,11 +504,16 @@ def table(rng):
 
 
 def recalling(rng):
-    """A table, said again in another order or from its other end."""
+    """A table, said twice more in other orders."""
     facts, line, text = table(rng)
-    again = [f for _ in range(2) for f in rng.sample(facts, len(facts))]
-    return text + ". ".join([line(*f) for f in again] if rng.random() < 0.6 else
-                            [f"The {what} {p}" for p, _, what in again]) + ".",
+    return text + ". ".join(line(*f) for _ in range(2) for f in rng.sample(facts, len(facts))) + ".",
+
+
+def reversing(rng):
+    """A table, said twice more in other orders and from its other end."""
+    facts, _, text = table(rng)
+    return text + ". ".join(f"The {what} {p}" for _ in range(2)
+                            for p, _, what in rng.sample(facts, len(facts))) + ".",
 
 
 def judging(rng):
@@ -524,11 +529,13 @@ def judging(rng):
 STATEMENTS = (4 * (about_facts,) + 3 * (about_scenes,)
               + 2 * (about_choices, about_sameness, about_sightings, about_stories)
               + (about_tools, about_opinions, about_reasons, about_talk, about_talk))
-EXERCISES = (copying, recalling, judging, judging, about_choices, about_sameness, about_sameness,
+EXERCISES = (copying, recalling, reversing, judging, judging, about_choices, about_sameness, about_sameness,
              about_sightings)
 # up to which text, share of statements, exercises. A model of this size learns to look things up within
-# minutes only if it first copies lists and then meets more and more words between a name and what is its.
-LESSONS = ((2000, 0.0, (copying,)), (9000, 0.05, (copying, recalling, recalling)), (20000, 0.2, EXERCISES),
+# minutes only if it first copies lists, then finds in a table what is somebody's, and then whose something
+# is. Everything later, like checking a claim, waits for that.
+LESSONS = ((2000, 0.0, (copying,)), (4500, 0.05, (copying, recalling, recalling)),
+           (11500, 0.05, (recalling, reversing, reversing)), (20000, 0.2, EXERCISES),
            (math.inf, 0.7, EXERCISES))
 N_LESSONS = 20000                                # from here on the mixture stays the same
 

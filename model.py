@@ -275,7 +275,7 @@ class Llama(nn.Module):
         positional > 0 helps a tiny model that trains for minutes to learn to look things up (mimetic
         initialisation, as in arXiv 2305.09828): queries start near their keys, so that tokens look for their
         like, and the first `positional` heads of layer 0 start by carrying over what stands 1, 2, ...
-        tokens back.
+        tokens back, each into directions of its own, so that later layers can tell the distances apart.
         """
         c, std = self.config, math.sqrt(0.4 / self.config.hidden_size)
         for name, p in self.base_parameters().items():
@@ -297,11 +297,11 @@ class Llama(nn.Module):
         embedding, first = self.model.embed_tokens.weight, self.model.layers[0].self_attn
         shared = F.normalize(torch.randn(C), dim=0)
         embedding += shared * embedding.norm(dim=1).mean()
-        carried = nn.init.orthogonal_(torch.empty(D, C))
+        directions = nn.init.orthogonal_(torch.empty(C, C))
         for head in range(positional):
             cos, sin = (t[0, :D // 2] for t in rotary_tables(self.config, head + 1, head + 2, "cpu"))
             own, shared_kv = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
-            turned = torch.cat((cos, -sin))                                          # back by head + 1
+            turned, carried = torch.cat((cos, -sin)), directions[own]                # back by head + 1
             first.q_proj.weight[own] = 0.5 * torch.outer(turned, shared)
             first.k_proj.weight[shared_kv] = 0.5 * torch.outer(torch.cat((cos * 0 + 1, sin * 0)), shared)
             first.v_proj.weight[shared_kv] = carried
