@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import data
 import train
 from model import (SCALING, AdapterConfig, Llama, LlamaConfig, fingerprint, load_llama, open_weights,
-                   read_json, read_safetensors, save_llama, write_safetensors)
+                   read_json, read_safetensors, rotary_tables, rotate, save_llama, write_safetensors)
 from teamlora import (METHODS, InputError, TeamLoRALinear, adapter_layers, adapter_parameters, balance_loss,
                       distribution, entropy, load_parameters, mean_usage, merge, mutual_information, only,
                       parameter_state, published_loop, restricted, shapley_interactions, shapley_values, top)
@@ -764,6 +764,22 @@ def test_base_corpus_gives_no_instructions_but_knows_their_words(tokenizer):
                    for t in tokenizer.encode(r.instruction + "\n" + r.input) + tokenizer.encode(r.output))
     unknown = {tokenizer.model.id_to_piece(t): n for t, n in used.items() if not seen[t]}
     assert sum(unknown.values()) < 0.01 * sum(used.values()), unknown
+
+
+def test_heads_of_a_new_base_carry_over_earlier_tokens_each_into_its_own_directions():
+    """Catches a head that starts by looking elsewhere, and distances that later layers cannot tell apart."""
+    torch.manual_seed(0)
+    model = Llama(LlamaConfig(500, 128, 64, 2, 4, 4, 32, rope_theta=100.0), AdapterConfig(method="full"))
+    first = model.init_weights(positional=4).model.layers[0].self_attn
+    x = F.rms_norm(model.model.embed_tokens(torch.randint(0, 500, (8, 40))), (128,))
+    q, k = (rotate(p(x).unflatten(-1, (4, 32)).transpose(1, 2), rotary_tables(model.config, 0, 40, "cpu"))
+            for p in (first.q_proj, first.k_proj))
+    seen = (q @ k.mT / 32 ** 0.5 + torch.full((40, 40), -math.inf).triu(1)).softmax(-1).mean(0)  # (H, T, S)
+    for head in range(4):
+        at = [seen[head].diagonal(-back)[20:].mean().item() for back in range(8)]
+        assert max(at) == at[head + 1] > 0.5
+    v = first.v_proj.weight
+    assert torch.allclose(v @ v.T, torch.eye(128), atol=1e-5)
 
 
 # ---- Do files, prompts and batches leave the data alone?
