@@ -1511,7 +1511,10 @@ def print_comparison(table, reference):
               f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f} "
               + "".join(f"{mean(r['accuracy'][t] for r in rows):8.3f}" for t in tasks)
               + f"{means.mean().item():8.3f}{deviation}{difference}")
-    print_bars({name: torch.tensor([r["mean_accuracy"] for r in rows]) for name, rows in table.items()})
+    bars = {name: torch.tensor([r["mean_accuracy"] for r in rows]) for name, rows in table.items()}
+    bars.pop("none", None)                       # beside the base's 0 all others look alike
+    if bars:
+        print_bars(bars)
     keys = [k for k in ("usage_variation", "weight_entropy", "task_information", "task_information_shuffled",
                         "top_1_accuracy", "top_2_accuracy") if any(k in rows[0] for rows in table.values())]
     if keys:
@@ -1624,7 +1627,8 @@ def plot_comparison(table, out):
     if by_experts and "teamlora" in table:
         by_experts[table["teamlora"][0]["n_experts"]] = table["teamlora"]
     by_experts = dict(sorted(by_experts.items()))
-    for file, label, bars in (("compare.png", "", table),
+    adapted = {name: rows for name, rows in table.items() if name != "none"}
+    for file, label, bars in (("compare.png", "", adapted),
                               ("experts.png", "experts E, equal total rank", by_experts)):
         if not bars:
             continue
