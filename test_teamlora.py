@@ -7,6 +7,7 @@ Is the benchmark honest? Do batches leave the mathematics alone? Does a run trai
 resumed? Each docstring says which break the test catches.
 """
 
+import gc
 import io
 import json
 import math
@@ -18,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 from pathlib import Path
 
@@ -1051,14 +1053,19 @@ def test_eval_reproduces_the_numbers_exactly(finished, capsys):
     assert {t: r["usage"] for t, r in results.items()} == summary["expert_usage"]
 
 
-def test_sample_answers(finished, capsys):
-    """Catches a sample mode that ignores its adapter or its length."""
-    out, _ = finished
+def test_sample_of_the_bare_base_continues_the_text(finished, capsys):
+    """Catches a bare base that is asked as an adapter is, and a length that is ignored."""
+    flags = ["--mode=sample", "--method=none", f"--out_dir={finished[0]}", "--device=cpu"]
+    cfg = train.Config(mode="sample", method="none", out_dir=str(finished[0]), device="cpu")
+    model, tokenizer, _ = train.prepare(cfg, None)
+    text = "Anna lives in"
+    ids = tokenizer.prefix + tokenizer.encode(text)
+    answers = [train.answers(model, tokenizer, [ids], cfg, n)[0] for n in (5, 9)]
     capsys.readouterr()
-    for more in ([], ["--method=none"]):
-        train.main(["--mode=sample", "--prompt=Where does Anna live?", f"--out_dir={out}",
-                    "--max_new_tokens=5"] + more)
-    assert "Anna" not in capsys.readouterr().err
+    for n, answer in zip((5, 9), answers):
+        train.main([*flags, f"--prompt={text}", f"--max_new_tokens={n}"])
+        assert capsys.readouterr().out == f"{answer}\n"
+    assert len(answers[0]) < len(answers[1])
 
 
 def test_without_a_prompt_every_line_is_answered_as_it_comes(finished, capsys, monkeypatch):
@@ -1324,6 +1331,31 @@ def test_bench_writes_what_it_promises(tmp_path, monkeypatch, capsys):
     assert all(r["step_ms"] > 0 for r in written)
     assert 9 * 8 < written[0]["tokens"] < 9 * 20 and written[0]["layers"] == 2
     assert "spread over E" in capsys.readouterr().out
+
+
+def test_arm_without_enough_memory_is_left_out_and_freed(tmp_path, monkeypatch, capsys):
+    """Catches a benchmark that one arm takes down with it, and a memory that this arm keeps."""
+    layers = []
+
+    def too_large(layer, *args):
+        layers.append(weakref.ref(layer))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    monkeypatch.setitem(train.SIZES, "tiny", TINY)
+    monkeypatch.setattr(train, "published_loop", too_large)
+    flags = ["--mode=bench", "--size=tiny", "--device=cpu", "--bench=2", "--max_length=20", "--max_tokens=80",
+             "--bench_rounds=1", f"--out_dir={tmp_path}"]
+    gc.disable()                                 # it frees them sooner or later, on a GPU too late
+    try:
+        rows = train.main(flags)
+        assert len(layers) == 3 and not any(layer() for layer in layers)
+    finally:
+        gc.enable()
+    said = capsys.readouterr().out
+    assert [r["name"] for r in rows][:5] == ["frozen base", "lora", "teamlora", "moelora", "hydralora"]
+    assert not any(r["looped"] for r in rows) and said.count("does not fit into the GPU's memory") == 3
+    monkeypatch.setattr(train, "bench_model", lambda base, arm, cfg: too_large(base))
+    with pytest.raises(SystemExit, match="out of GPU memory"):   # without the limit there is nothing to say
+        train.main(flags)
 
 
 # ---- Does bad input end in one line?

@@ -26,6 +26,7 @@ What may surprise:
 
 import argparse
 import functools
+import gc
 import importlib.util
 import itertools
 import json
@@ -36,7 +37,6 @@ import shlex
 import shutil
 import signal
 import sqlite3
-import statistics
 import sys
 import time
 from contextlib import contextmanager
@@ -44,6 +44,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import fmean as mean, median
 from typing import NamedTuple
 
 import torch
@@ -538,11 +539,6 @@ def evaluate(model, split, max_tokens, name="evaluate"):
             if routed:
                 results[task] |= {"weights": torch.cat(weights).cpu(), "entropy": bits / tokens}
     return results
-
-
-def mean(values):
-    values = list(values)
-    return sum(values) / len(values)
 
 
 def val_loss(results):
@@ -1172,8 +1168,10 @@ def bench_runs(model, arm, batches, cfg):
 
     def peft_loss(x, y, m):
         labels = torch.cat((torch.full_like(y[:, :1], -1), y[:, :-1]), 1)  # transformers shifts them back
-        return model(input_ids=x, attention_mask=m.long(), labels=labels.where(labels >= 0, -100),
-                     use_cache=False).loss
+        labels = labels.where(labels >= 0, -100).to(x.device)
+        half = next(model.parameters()).dtype == torch.bfloat16  # then as transformers' Trainer with bf16=True
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
+            return model(input_ids=x, attention_mask=m.long(), labels=labels, use_cache=False).loss
 
     def step():
         model.train()
@@ -1271,17 +1269,32 @@ def training_memory(config, adapter, rows, length,
 
 
 def bench_group(group, arms, base, cfg, device, peak):
-    """Rows of bench.json for the arms of a group, which take turns, so that a slow minute meets them all."""
-    batches = {share: [[t.to(device) for t in b] for b in bench_batches(cfg, base.config.vocab_size, share)]
+    """Rows of bench.json for the arms of a group, which take turns, so that a slow minute meets them all. An
+    arm that does not fit into the GPU's memory is left out, unless it is the limit."""
+    batches = {share: [to_device(b, torch.device(device))
+                       for b in bench_batches(cfg, base.config.vocab_size, share)]
                for share in {arm.rows for arm in arms}}
-    runs = [bench_runs(bench_model(base, arm, cfg), arm, batches[arm.rows], cfg) for arm in arms]
-    memory = [held + allocated_peak(step, device) for step, _, held in runs]
-    times = [[(timed(step, device), timed(infer, device)) for step, infer, _ in runs]
+
+    def tried(arm, work):
+        gc.collect()                             # a looped layer and its forward hold each other, and memory
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if arm.method == "none":
+                raise
+            print(f"{arm.name}, E = {arm.n_experts}, does not fit into the GPU's memory and is left out")
+    runs = {arm: tried(arm, lambda: bench_runs(bench_model(base, arm, cfg), arm, batches[arm.rows], cfg))
+            for arm in arms}
+    # once all are there, as they will be when they are timed
+    memory = {arm: run and tried(arm, lambda: run[2] + allocated_peak(run[0], device))
+              for arm, run in runs.items()}
+    runs = {arm: run for arm, run in runs.items() if memory[arm]}
+    times = [{arm: (timed(step, device), timed(infer, device)) for arm, (step, infer, _) in runs.items()}
              for _ in tqdm(range(cfg.bench_rounds), desc=group, unit="round", leave=False)]
+    medians = {arm: [median(t) for t in zip(*(turn[arm] for turn in times))] for arm in runs}
     rows = []
-    for i, arm in enumerate(arms):
-        step, inference = (statistics.median(round_[i][k] for round_ in times) for k in (0, 1))
-        limit = next(j for j, a in enumerate(arms)
+    for arm, (step, inference) in medians.items():
+        limit = next(m for a, (m, _) in medians.items()
                      if (a.method, a.layers, a.rows) == ("none", arm.layers, arm.rows))
         tokens = sum(int(m.sum()) for *_, m in batches[arm.rows])
         supervised = sum(int((y >= 0).sum()) for _, y, _ in batches[arm.rows])
@@ -1290,11 +1303,10 @@ def bench_group(group, arms, base, cfg, device, peak):
         flops = 4 * (blocks * tokens + base.lm_head.weight.numel() * supervised)
         rows.append({"group": group, "name": arm.name, "method": arm.method, "n_experts": arm.n_experts,
                      "rank": arm.rank, "looped": arm.looped, "layers": arm.layers, "tokens": tokens,
-                     "step_ms": round(1e3 * step, 2),
-                     "inference_ms": round(1e3 * inference, 2),
-                     "over_limit": round(step / statistics.median(round_[limit][0] for round_ in times), 4),
+                     "step_ms": round(1e3 * step, 2), "inference_ms": round(1e3 * inference, 2),
+                     "over_limit": round(step / limit, 4),
                      "tokens_per_second": round(tokens / step), "utilisation": round(flops / step / peak, 4),
-                     "peak_memory_mb": round(memory[i] / 2 ** 20, 1)})
+                     "peak_memory_mb": round(memory[arm] / 2 ** 20, 1)})
     return rows
 
 
@@ -1307,15 +1319,14 @@ def print_bench(rows):
               f"{r['step_ms']:>9.1f}{r['over_limit']:>8.3f}{r['tokens_per_second']:>10,}"
               f"{r['utilisation']:>8.1%}{r['inference_ms']:>9.1f}{r['peak_memory_mb']:>9.0f}")
     named = {r["name"]: r for r in rows}
-    if "lora" in named:
-        team = named["teamlora"]
+    if "lora" in named and (team := named.get("teamlora")):
         print("teamlora's step over " + ", ".join(f"{name} {team['step_ms'] / r['step_ms']:.3f}"
                                                   for name, r in named.items() if r != team))
         print("teamlora's memory over " + ", ".join(
             f"{name} {team['peak_memory_mb'] / named[name]['peak_memory_mb']:.3f}"
             for name in ("frozen base", "lora")))
-    if rows[0]["group"] == "spread":
-        steps = [r["step_ms"] for r in rows[1:]]
+    steps = [r["step_ms"] for r in rows if (r["group"], r["method"]) == ("spread", "teamlora")]
+    if steps:
         print(f"spread over E: {max(steps) / min(steps):.3f}")
 
 
