@@ -5,7 +5,8 @@ checkpoint loads key for key and nothing is patched afterwards. Architecture: ar
 
 What may surprise:
 - A fresh model is built on the meta device and filled tensor by tensor, so loading never holds two copies.
-- No attention mask anywhere: rows are padded on the right, where causal attention never looks.
+- No attention mask: rows are padded on the right, where causal attention never looks. Only new tokens after
+  prompts of different lengths need one.
 - With targets the head runs on supervised positions only; a loss is a sum and its count, never a mean, so
   that micro-batches add up to exactly the loss of their step.
 - Real weights come from Hugging Face or from Meta; both end as Hugging Face's names and rotary layout.
@@ -123,6 +124,12 @@ def fp32(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def queued(x, device):
+    """x on the device. To a GPU it comes from pinned memory: that copy is queued, any other waited for."""
+    pinned = x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x
+    return pinned.to(device, non_blocking=True)
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * weight (arXiv 1910.07467); rms_norm itself computes the statistics in fp32."""
 
@@ -184,6 +191,9 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(self, k, v)  # (B, K, S, D) twice, (B, 1, 1, S)
+        if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+            # in fp32 none of CUDA's fast kernels takes heads in groups
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a
         # mask over all pairs would not
         causal = cache is None or q.shape[2] > 1
@@ -309,7 +319,9 @@ class Llama(nn.Module):
 
     def compile_blocks(self, backend="inductor"):
         """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with
-        another for the first block, whose input needs no gradient, and again for a single row."""
+        another for the first block, whose input needs no gradient, and more for evaluation, for wanted
+        routing weights and for single rows."""
+        torch._dynamo.config.recompile_limit = 64  # beyond its 8 ways of calling a block, eager
         for block in self.model.layers:
             block.compile(dynamic=True, backend=backend)
 
@@ -343,8 +355,7 @@ class Llama(nn.Module):
             return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
         targets = targets.flatten()  # may stay on the CPU: how many are >= 0, a GPU tells only if waited for
         supervised = (targets >= 0).nonzero()[:, 0]
-        labels, supervised = (t.to(hidden.device, non_blocking=True)
-                              for t in (targets[supervised], supervised))            # (N,)
+        labels, supervised = (queued(t, hidden.device) for t in (targets[supervised], supervised))   # (N,)
         hidden, n = hidden.flatten(0, 1)[supervised], max(1, MAX_LOGITS // self.config.vocab_size)  # (N, C)
         if len(labels) <= n:
             return judge(hidden, labels)

@@ -15,7 +15,7 @@ What may surprise:
 - A weight may be negative: an expert can be held against. Weights sum to E, not to 1 as in a plain mixture.
 - Dropout acts on z, after A; most LoRA code drops x before A.
 - The paper writes w_i = sum_j M_ij phi_j, diagonal 1; the released code, and we, phi + phi M, diagonal 0.
-- LoRA, MoELoRA and HydraLoRA are this layer with one thing changed each; E = 1 is plain LoRA in all of them.
+- LoRA, MoELoRA and HydraLoRA are this layer with little changed; E = 1 is plain LoRA in all of them.
 
 Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
 L adapted layers.
@@ -115,12 +115,12 @@ class TeamLoRALinear(nn.Linear):
         return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, -1)               # (..., out)
 
     def update(self):
-        """What the adapter adds to `weight`, (out, in), in fp32; InputError if it depends on the token."""
+        """What the adapter adds to `weight`, (out, in), in float64; InputError if it depends on the token."""
         if self.router is not None and self.n_experts > 1:
             raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its "
                              "base: their weights depend on the token; lora and every method with "
                              "n_experts=1 can")
-        A, B = self.lora_A.detach().float(), self.lora_B.detach().float()
+        A, B = self.lora_A.detach().double(), self.lora_B.detach().double()
         w = self.route(A.new_zeros(self.in_features))        # (E,), the same for every token
         return B @ self.weighted(A.T, w * (self.alpha / self.rank)).T
 
@@ -219,7 +219,7 @@ def merge(model):
     Raises InputError if a method's update depends on the token; then nothing has changed.
     """
     for _, layer in adapter_layers(model):       # all of one method, so the first raises if any does
-        layer.weight.copy_(layer.weight.float() + layer.update())
+        layer.weight.copy_(layer.weight.double() + layer.update())
         layer.lora_B.zero_()
 
 

@@ -188,7 +188,7 @@ def test_dropout_acts_on_z():
 # ---- Are the rivals fair?
 
 def test_rivals_differ_only_in_what_they_should():
-    """Catches an unfair baseline: size, weight sums and scale as in method.md section 3."""
+    """Catches an unfair baseline: sizes and sums of weights are those of the README's table of methods."""
     E, r, n_in, n_out = 4, 3, 11, 7
     x = torch.randn(6, n_in)
     sizes = {}
@@ -1206,18 +1206,21 @@ def test_loop_reads_nothing_from_the_device_between_log_lines(tokenizer):
     assert asked == [0, 1, 2, 3, 4]
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            train.__file__]
+
+
 def test_two_processes_train_and_evaluate_as_one(finished, tmp_path):
-    """Catches a mean of means of processes, adapters drifting apart, lost or double examples, two writers."""
+    """Catches a mean of means of processes, adapters drifting apart, lost or double examples, two writers, a
+    process without an example of some task."""
     flags = SMALL + ["--steps=4", "--save_every=2", "--learning_rate=1e-3", "--balance=0.3",
-                     "--max_tokens=512", "--max_length=512"]
+                     "--max_tokens=512", "--max_length=512", "--val_examples=1"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "base").symlink_to(finished[0] / "base")
     one = train.main(flags + [f"--out_dir={tmp_path}/one"])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    run = subprocess.run([*torchrun, train.__file__, *flags, f"--out_dir={tmp_path}/two"],
-                         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                         timeout=240)
+    run = subprocess.run([*TORCHRUN, *flags, f"--out_dir={tmp_path}/two"], capture_output=True, text=True,
+                         env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("mean accuracy") == 1
     two = json.loads((tmp_path / "two" / "summary.json").read_text())
@@ -1718,7 +1721,8 @@ def test_a_signal_finishes_the_step_and_tells_how_to_continue(
         signal.raise_signal(number) if (step, n) == (at, steps) else None) or schedule(step, n, warmup))
     handler = signal.getsignal(number)
     out = tmp_path / "a folder"
-    flags = [f for f in run_like(finished, out) if steps == 20 or out.joinpath("base").unlink(True) is None]
+    flags = [f for f in run_like(finished, out, "--seeds=0,1,2,3,4")
+             if steps == 20 or out.joinpath("base").unlink(True) is None]
     assert train.main(flags) is None and signal.getsignal(number) == handler
     told = capsys.readouterr().out.splitlines()[-1]
     assert told.startswith(f"stopped after {at + 1} of {steps} steps; continue with: python train.py ")
@@ -1730,6 +1734,24 @@ def test_a_signal_finishes_the_step_and_tells_how_to_continue(
         assert not (out / "base.tmp").exists() and not (out / "base" / "checkpoint.pt").exists()
     else:
         assert_same_run(finished, out)
+
+
+def test_a_signal_to_torchrun_saves_at_the_next_step(finished, tmp_path):
+    """Catches processes that leave at different steps, or wait for a log line until torchrun kills them."""
+    flags = run_like(finished, tmp_path, "--steps=100000", "--log_every=100000", "--save_every=0")
+    with open(tmp_path / "printed", "w+") as printed:
+        process = subprocess.Popen([*TORCHRUN, *flags], stdout=printed, stderr=subprocess.STDOUT,
+                                   env=os.environ | {"OMP_NUM_THREADS": "1"})
+        deadline = time.time() + 120
+        while "train:" not in (tmp_path / "printed").read_text() and time.time() < deadline:
+            time.sleep(0.1)
+        process.terminate()
+        process.wait(timeout=60)
+    told = (tmp_path / "printed").read_text()
+    assert told.count("SIGTERM: finishing this step") == told.count("stopped after") == 1, told
+    assert "continue with: torchrun --nproc_per_node=2 train.py --base_steps=3" in told
+    step = train.read_checkpoint(tmp_path / "checkpoint.pt")["totals"]["step"]
+    assert f"stopped after {step} of 100000 steps" in told and step > 0
 
 
 def test_a_signal_while_the_tokenizer_is_made(tmp_path, monkeypatch, capsys):
@@ -2200,6 +2222,18 @@ def test_compare_chooses_by_validation_and_resumes(finished, tmp_path, capsys):
     for wrong in ("--methods=nonsense", "--reference=nonsense"):
         with pytest.raises(SystemExit, match="error: --methods, --reference: 'nonsense' is none of none, "):
             train.main(flags + [wrong])
+
+
+def test_compare_on_other_rows_is_run_again(finished, tmp_path):
+    """Catches results that were made with what a data file held before."""
+    rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
+    flags = REAL + ["--mode=compare", "--methods=lora", "--seeds=0", "--learning_rates=1e-3", "--steps=1",
+                    f"--init_from={finished[0]}/base", f"--data={tmp_path}/rows.json",
+                    f"--out_dir={tmp_path}"]
+    for n, lines in ((60, 1), (60, 1), (59, 2)):
+        (tmp_path / "rows.json").write_text(json.dumps(rows[:n]))
+        train.main(flags)
+        assert (tmp_path / "compare.jsonl").read_text().count("\n") == lines
 
 
 def test_shapley_mode_explains_the_whole_gain(finished, capsys):

@@ -16,11 +16,13 @@ from there on both take the same road. A step's loss is a sum over its supervise
 number, however the step is cut into micro-batches.
 
 What may surprise:
-- No autocast and no GradScaler: the base is bf16 on CUDA, fp32 on the CPU, adapters fp32 and cast where used.
+- No autocast and no GradScaler: the base is bf16 on CUDA, fp32 on the CPU and with --method=full, adapters
+  fp32 and cast where used. On CUDA, products in fp32 are computed in TF32.
 - The same seed gives the same examples in the same order for every method.
 - Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding
   is right.
-- The loop waits for a GPU at log lines alone, so that the next steps' batches are made while it computes.
+- The loop waits for a GPU where it logs or saves alone (and, making the base, after every step), so that the
+  next steps' batches are made while it computes.
 - A step's examples and its dropout follow from (seed, step) alone, so a checkpoint holds no random state.
 """
 
@@ -42,7 +44,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 from statistics import fmean as mean, median
 from typing import NamedTuple
@@ -53,7 +55,7 @@ from tqdm import tqdm
 
 import data
 from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama,
-                   plain, read_json, read_pickle, rotary_tables, save_llama)
+                   plain, queued, read_json, read_pickle, rotary_tables, save_llama)
 from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy,
                       load_parameters, mean_usage, merge, mutual_information, only, parameter_state,
                       published_loop, restricted, shapley_interactions, shapley_values, top)
@@ -102,15 +104,16 @@ class Config:
                                  "the same")
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a "
                                       "third more time")
-    compile: bool = flag(False, "torch.compile every block; worth its minute on a GPU")
+    compile: bool = flag(False, "torch.compile every block, which takes up to a minute once")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
-    dtype: str = flag("auto", "of the frozen base: float32 or bfloat16; auto: bfloat16 on CUDA, float32 "
-                              "otherwise")
+    dtype: str = flag("auto", "of the base: float32 or bfloat16; auto: bfloat16 on CUDA, unless "
+                              "--method=full, float32 otherwise")
     seed: int = flag(0, "seed of adapters, data order, dropout and sampling")
     deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an "
                                       "error; the CPU's do anyway")
     log_every: int = flag(10, "write a line of log.jsonl every so many steps")
-    save_every: int = flag(200, "write a checkpoint every so many steps; 0: never")
+    save_every: int = flag(200, "write a checkpoint every so many steps; 0: only where the run ends or is "
+                               "stopped")
     stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to "
                               "the end")
     resume: bool = flag(False, "continue from out_dir/checkpoint.pt; start if there is none")
@@ -154,7 +157,7 @@ class Config:
 PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropout": 0.05, "balance": 0.0,
          "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03,
          "weight_decay": 0.0, "max_length": 1024}
-# settings of a whole comparison, which shape none of its runs
+# settings of a whole comparison, which shape none of its runs; the base's fingerprint stands for init_from
 OF_COMPARISON = ("methods", "seeds", "learning_rates", "reference", "plot", "init_from")
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
 OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
@@ -270,7 +273,8 @@ def join_processes(device):
     if RANKS > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(hours=1))
+        backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(hours=1))
         dist.barrier()
 
 
@@ -333,7 +337,7 @@ def accumulate_gradients(model, batches, balance=0.0):
     price of balance > 0. Under torchrun `batches` are this process's share; step, loss and gradient are
     those of all shares together.
     """
-    n = sum((y >= 0).sum() for _, y, _ in batches).to(batches[0][0].device, non_blocking=True)
+    n = queued(sum((y >= 0).sum() for _, y, _ in batches), batches[0][0].device)
     sum_over_processes(n)
     slope, total, term = None, torch.zeros((), device=n.device), 0.0
     if balance > 0:
@@ -357,9 +361,7 @@ def accumulate_gradients(model, batches, balance=0.0):
 def to_device(batch, device):
     """A micro-batch where the model is. Targets stay: finding supervised ones on a GPU stalls the loop."""
     x, y, m = batch
-    if device.type == "cuda":  # from pinned memory a copy is queued, from other memory waited for
-        x, m = x.pin_memory(), m.pin_memory()
-    return x.to(device, non_blocking=True), y, m.to(device, non_blocking=True)
+    return queued(x, device), y, queued(m, device)
 
 
 MOST_SKIPPED = 20                                # steps in a row that may be skipped before the run gives up
@@ -376,7 +378,8 @@ def held_signals():
             signal.signal(s, signal.SIG_DFL)
         # not print: the signal may have come in the middle of one
         name = signal.Signals(number).name
-        os.write(2, f"\n{name}: finishing this step and saving; a second one ends it at once\n".encode())
+        if RANK == 0:
+            os.write(2, f"\n{name}: finishing this step and saving; a second one ends it at once\n".encode())
     for s in handlers:
         signal.signal(s, note)
     try:
@@ -388,8 +391,7 @@ def held_signals():
 
 def stopped_anywhere(stopped):
     """Whether a signal has come to any of the processes, which must all leave at the same step."""
-    on_gpu = dist.is_initialized() and dist.get_backend() == "nccl"
-    n = torch.tensor(len(stopped), device="cuda" if on_gpu else "cpu")
+    n = torch.tensor(len(stopped))               # on the CPU, so that no GPU is waited for
     sum_over_processes(n)
     return bool(n)
 
@@ -437,7 +439,7 @@ def fit(model, step_batches, optimizers, cfg, steps, *,
     model.train()
     signalled = False
     bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step",
-               dynamic_ncols=True, mininterval=1, disable=RANK > 0)
+               dynamic_ncols=True, mininterval=1)
     for step in bar:
         torch.manual_seed(random.Random(f"dropout {cfg.seed} {step} {RANK}").getrandbits(63))
         batches = [to_device(b, device) for b in step_batches(step)]
@@ -466,9 +468,10 @@ def fit(model, step_batches, optimizers, cfg, steps, *,
         in_a_row *= bad
         log_due = (step + 1) % cfg.log_every == 0 or step + 1 == steps
         save_due = step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)
-        if not (log_due or save_due or stopped and RANKS == 1):
+        signalled = stopped_anywhere(stopped)
+        if not (log_due or save_due or signalled):
             continue
-        totals, signalled = totals_after(step + 1), stopped_anywhere(stopped)
+        totals = totals_after(step + 1)
         stopping = signalled or step + 1 == end < steps
         if log_due:
             rate = round(totals["tokens"] / totals["seconds"])
@@ -511,7 +514,7 @@ def evaluate(model, split, max_tokens, name="evaluate"):
     routed = bool(adapter_layers(model))
     shares = {task: own_share(examples) for task, examples in split.items()}
     with tqdm(total=sum(map(len, shares.values())), desc=name, unit="example", dynamic_ncols=True,
-              mininterval=1, disable=RANK > 0) as bar:
+              mininterval=1) as bar:
         for task, examples in shares.items():
             # hits, loss, supervised tokens, all tokens, bits, experts' weights: a task waits for the GPU once
             sums = torch.zeros(5 + model.adapter.n_experts * routed, dtype=torch.float64, device=device)
@@ -520,7 +523,7 @@ def evaluate(model, split, max_tokens, name="evaluate"):
                 x, y, m = to_device(data.collate(batch), device)
                 hidden, routing = model.hidden(x, want_routing=routed)
                 losses, hit = model.token_losses(hidden, y)
-                row = (y >= 0).nonzero()[:, 0].to(device, non_blocking=True)         # (N,)
+                row = queued((y >= 0).nonzero()[:, 0], device)                       # (N,)
                 misses = torch.zeros(len(batch), device=device).index_add_(0, row, (~hit).float())
                 sums[0] += (misses == 0).sum()
                 sums[1] += losses.sum()
@@ -537,7 +540,9 @@ def evaluate(model, split, max_tokens, name="evaluate"):
             results[task] = {"accuracy": hits / len(split[task]), "loss": loss / supervised,
                              "tokens": int(supervised), "usage": [u / tokens for u in usage]}
             if routed:
-                results[task] |= {"weights": torch.cat(weights).cpu(), "entropy": bits / tokens}
+                results[task]["entropy"] = bits / tokens
+            if weights:                          # of this process's share, which may be empty
+                results[task]["weights"] = torch.cat(weights).cpu()
     return results
 
 
@@ -828,20 +833,32 @@ def read_data(cfg):
     return rows, val
 
 
+def digest_of(rows):
+    """Hash of the rows that read_data returned; empty for MiniCME, which a seed tells."""
+    return data.digest(str(row) for part in rows for row in part) if rows else ""
+
+
+def encode_held_out(cfg, tokenizer, rows, name):
+    """task -> at most --val_examples Examples, of these rows or, without any, of MiniCME's split `name`."""
+    if rows is None:
+        return {task: [data.encode(tokenizer, row) for row in rows]
+                for task, rows in data.minicme_held_out(name, cfg.val_examples or 400).items()}
+    split = {}
+    for e in data.encode_rows(tokenizer, rows, cfg.max_length, name):
+        examples = split.setdefault(e.task, [])
+        if not cfg.val_examples or len(examples) < cfg.val_examples:
+            examples.append(e)
+    return split
+
+
 def encode_data(cfg, tokenizer, rows, held_out="test"):
     """(training stream: i -> Example, held-out split: task -> Examples, chance: task -> share)."""
     if rows is None:
         stream = data.minicme(cfg.seed)
-        split = {task: [data.encode(tokenizer, row) for row in rows]
-                 for task, rows in data.minicme_held_out(held_out, cfg.val_examples or 400).items()}
+        split = encode_held_out(cfg, tokenizer, None, held_out)
         return lambda i: data.encode(tokenizer, stream(i)), split, data.CHANCE
-    train, val = (data.encode_rows(tokenizer, part, cfg.max_length, name)
-                  for part, name in zip(rows, ("training", "validation")))
-    split = {}
-    for e in val:
-        examples = split.setdefault(e.task, [])
-        if not cfg.val_examples or len(examples) < cfg.val_examples:
-            examples.append(e)
+    train = data.encode_rows(tokenizer, rows[0], cfg.max_length, "training")
+    split = encode_held_out(cfg, tokenizer, rows[1], "validation")
     tasks = {r.task for part in rows for r in part}
     for name, left in (("training", {e.task for e in train}), ("validation", split.keys())):
         if tasks - left:
@@ -933,8 +950,7 @@ def run_train(cfg, saved):
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
     stream, split, chance = encode_data(cfg, tokenizer, rows)
-    rows_digest = data.digest(map(str, rows[0] + rows[1])) if rows else ""
-    if saved and saved["rows"] != rows_digest:
+    if saved and saved["rows"] != digest_of(rows):
         raise InputError(f"the rows of --data are not those that the checkpoint in {out} was made with")
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -951,7 +967,7 @@ def run_train(cfg, saved):
     def save(optimizers, totals):
         log.flush(sync=True)                     # a checkpoint is never ahead of the log
         content = checkpoint_content(cfg, base, model, optimizers, totals) | {
-            "before": before, "rows": rows_digest, "log_bytes": log.size}
+            "before": before, "rows": digest_of(rows), "log_bytes": log.size}
         path = out / "checkpoint.pt"
         write_atomically(path, lambda f: torch.save(content, f), previous(path))
 
@@ -1165,13 +1181,13 @@ def bench_model(base, arm, cfg):
 def bench_runs(model, arm, batches, cfg):
     """Of an arm: a training step and a forward pass, to be called, and the bytes of weights and optimizer."""
     optimizers = make_optimizers(model, cfg) if arm.method != "none" else []
+    if arm.method == "peft":                     # transformers takes -100 for our -1 and shifts to the left
+        batches = [(x, y.where(y >= 0, -100).roll(1, 1).to(x.device), m) for x, y, m in batches]
+    half = next(model.parameters()).dtype == torch.bfloat16      # then PEFT as in transformers' Trainer
 
     def peft_loss(x, y, m):
-        labels = torch.cat((torch.full_like(y[:, :1], -1), y[:, :-1]), 1)  # transformers shifts them back
-        labels = labels.where(labels >= 0, -100).to(x.device)
-        half = next(model.parameters()).dtype == torch.bfloat16  # then as transformers' Trainer with bf16=True
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            return model(input_ids=x, attention_mask=m.long(), labels=labels, use_cache=False).loss
+            return model(input_ids=x, attention_mask=m.long(), labels=y, use_cache=False).loss
 
     def step():
         model.train()
@@ -1419,10 +1435,9 @@ def expert_statistics(model, results, test, max_tokens):
 
 def train_variant(cfg, name, rows):
     """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
-    train_rows = rows and rows[:2]
     model, tokenizer, _ = prepare(cfg, None)
-    stream, validation, _ = encode_data(cfg, tokenizer, train_rows, "validation")
-    _, test, _ = encode_data(cfg, tokenizer, rows and (rows[0], rows[2]))
+    stream, validation, _ = encode_data(cfg, tokenizer, rows and rows[:2], "validation")
+    test = encode_held_out(cfg, tokenizer, rows and rows[2], "test")
     torch.manual_seed(cfg.seed)
     totals = {"seconds": 0.0} if cfg.method == "none" else fit(
         model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
@@ -1452,6 +1467,7 @@ def run_compare(cfg, _):
     model, _, base = prepare(replace(cfg, mode="train"), None)
     cfg = replace(cfg, init_from=cfg.init_from or str(Path(cfg.out_dir) / "base"))
     possible = variants(cfg, model.config)
+    del model                                    # every run makes its own
     names = tuple(possible) if cfg.methods == ("all",) else cfg.methods
     for name in (*names, cfg.reference):
         if name not in possible:
@@ -1464,7 +1480,7 @@ def run_compare(cfg, _):
         one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed,
                       **possible[name])
         shaping = {k: v for k, v in asdict(one).items() if k not in FREE_ON_RESUME + OF_COMPARISON}
-        settings = data.digest([base, json.dumps(shaping, sort_keys=True)])
+        settings = data.digest(filter(None, [base, json.dumps(shaping, sort_keys=True), digest_of(rows)]))
         if settings not in done:
             done[settings] = train_variant(one, name, rows) | {"settings": settings}
             lines = "".join(json.dumps(row) + "\n" for row in done.values())
@@ -1689,11 +1705,12 @@ MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": r
 def main(argv=None):
     given = {}
     try:
+        if RANK > 0:                             # process 0 speaks for all
+            sys.stdout = open(os.devnull, "w")
+            tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
         given = parse_flags(argv)
         cfg, saved = compose(given)
         torch.set_float32_matmul_precision("high")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")   # process 0 speaks for all
         if cfg.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(cfg.deterministic)
@@ -1708,9 +1725,10 @@ def main(argv=None):
     except KeyboardInterrupt as e:
         if given.get("mode", "train") != "train":
             sys.exit("error: interrupted")
-        flags = [f"--{k}={','.join(v) if isinstance(v, tuple) else v}"
+        flags = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
                  for k, v in given.items() if k not in ("resume", "stop_after")]
-        command = shlex.join(["python", "train.py", *flags, "--resume"])
+        program = ["torchrun", f"--nproc_per_node={RANKS}"] if RANKS > 1 else ["python"]
+        command = shlex.join([*program, "train.py", *flags, "--resume"])
         print(f"{str(e) or 'stopped'}; continue with: {command}")
     finally:
         if dist.is_initialized():
