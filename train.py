@@ -468,7 +468,7 @@ def fit(model, step_batches, optimizers, cfg, steps, *,
         in_a_row *= bad
         log_due = (step + 1) % cfg.log_every == 0 or step + 1 == steps
         save_due = step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)
-        signalled = stopped_anywhere(stopped)
+        signalled = stopped_anywhere(stopped)    # torchrun kills what has not ended 30 s after a signal
         if not (log_due or save_due or signalled):
             continue
         totals = totals_after(step + 1)
