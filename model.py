@@ -192,7 +192,7 @@ class Attention(nn.Module):
         if cache is not None:
             k, v, mask = cache.extend(self, k, v)  # (B, K, S, D) twice, (B, 1, 1, S)
         if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
-            # in fp32 none of CUDA's fast kernels takes heads in groups
+            # enable_gqa works, says PyTorch, for flash attention, of 16 bits only, and the slow math kernel
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
         # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a
         # mask over all pairs would not
@@ -321,7 +321,7 @@ class Llama(nn.Module):
         """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with
         another for the first block, whose input needs no gradient, and more for evaluation, for wanted
         routing weights and for single rows."""
-        torch._dynamo.config.recompile_limit = 64  # beyond its 8 ways of calling a block, eager
+        torch._dynamo.config.recompile_limit = 64  # of 8: what comes beyond it runs eagerly
         for block in self.model.layers:
             block.compile(dynamic=True, backend=backend)
 

@@ -410,6 +410,20 @@ def test_compiled_blocks_compute_the_same_and_compile_twice():
     assert counter.frame_count == 2
 
 
+def test_no_way_of_calling_a_compiled_block_falls_back_to_eager():
+    """Catches PyTorch's limit of eight graphs: evaluation and wanted routing weights come beside training."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+    torch._dynamo.reset()
+    model, counter = tiny(), CompileCounterWithBackend("eager")
+    model.compile_blocks(counter)
+    for rows in (4, 1):
+        for routing in (False, True):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    model.train(grad).hidden(torch.randint(0, 101, (rows, 16)), want_routing=routing)
+    assert counter.frame_count > 8
+
+
 def test_logits_never_exist_whole(monkeypatch):
     """Catches (N, V) logits kept for the backward pass, and chunks that change a loss or a gradient."""
     model = tiny(config=train.replace(TINY, vocab_size=5000))
@@ -1748,7 +1762,8 @@ def test_a_signal_to_torchrun_saves_at_the_next_step(finished, tmp_path):
         process.terminate()
         process.wait(timeout=60)
     told = (tmp_path / "printed").read_text()
-    assert told.count("SIGTERM: finishing this step") == told.count("stopped after") == 1, told
+    for once in ("before:   0%|", "SIGTERM: finishing this step", "stopped after"):    # by process 0 alone
+        assert told.count(once) == 1, told
     assert "continue with: torchrun --nproc_per_node=2 train.py --base_steps=3" in told
     step = train.read_checkpoint(tmp_path / "checkpoint.pt")["totals"]["step"]
     assert f"stopped after {step} of 100000 steps" in told and step > 0

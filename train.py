@@ -950,7 +950,8 @@ def run_train(cfg, saved):
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
     stream, split, chance = encode_data(cfg, tokenizer, rows)
-    if saved and saved["rows"] != digest_of(rows):
+    rows_digest = digest_of(rows)
+    if saved and saved["rows"] != rows_digest:
         raise InputError(f"the rows of --data are not those that the checkpoint in {out} was made with")
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
@@ -967,7 +968,7 @@ def run_train(cfg, saved):
     def save(optimizers, totals):
         log.flush(sync=True)                     # a checkpoint is never ahead of the log
         content = checkpoint_content(cfg, base, model, optimizers, totals) | {
-            "before": before, "rows": digest_of(rows), "log_bytes": log.size}
+            "before": before, "rows": rows_digest, "log_bytes": log.size}
         path = out / "checkpoint.pt"
         write_atomically(path, lambda f: torch.save(content, f), previous(path))
 
@@ -1183,7 +1184,7 @@ def bench_runs(model, arm, batches, cfg):
     optimizers = make_optimizers(model, cfg) if arm.method != "none" else []
     if arm.method == "peft":                     # transformers takes -100 for our -1 and shifts to the left
         batches = [(x, y.where(y >= 0, -100).roll(1, 1).to(x.device), m) for x, y, m in batches]
-    half = next(model.parameters()).dtype == torch.bfloat16      # then PEFT as in transformers' Trainer
+    half = next(model.parameters()).dtype == torch.bfloat16    # PEFT then under autocast, as users have it
 
     def peft_loss(x, y, m):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
@@ -1464,6 +1465,7 @@ def run_compare(cfg, _):
     path, rows = Path(cfg.out_dir) / "compare.jsonl", read_data(cfg)
     if rows:
         rows = (*data.hold_out(rows[0], cfg.val_share, "validation"), rows[1])
+    rows_digest = digest_of(rows)
     model, _, base = prepare(replace(cfg, mode="train"), None)
     cfg = replace(cfg, init_from=cfg.init_from or str(Path(cfg.out_dir) / "base"))
     possible = variants(cfg, model.config)
@@ -1480,7 +1482,7 @@ def run_compare(cfg, _):
         one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed,
                       **possible[name])
         shaping = {k: v for k, v in asdict(one).items() if k not in FREE_ON_RESUME + OF_COMPARISON}
-        settings = data.digest(filter(None, [base, json.dumps(shaping, sort_keys=True), digest_of(rows)]))
+        settings = data.digest(filter(None, [base, json.dumps(shaping, sort_keys=True), rows_digest]))
         if settings not in done:
             done[settings] = train_variant(one, name, rows) | {"settings": settings}
             lines = "".join(json.dumps(row) + "\n" for row in done.values())
