@@ -1,26 +1,25 @@
-"""A Llama with adapters inline: layers from leaf to root, real weights in and out, generation.
+"""A Llama with adapters inline: layers from leaf to root, generation, real weights in and out.
 
 The idea: modules carry Hugging Face's names, and an adapted projection is a Linear with more parameters, so a
 checkpoint loads key for key and nothing is patched afterwards. Architecture: arXiv 2302.13971 and 2307.09288.
 
 What may surprise:
-- A fresh model is built on the meta device and filled tensor by tensor, so loading never holds two copies.
+- A model that loads weights is built on the meta device, given memory once, and filled tensor by tensor from
+  memory-mapped files: it never exists twice.
 - No attention mask: rows are padded on the right, where causal attention never looks. Only new tokens after
   prompts of different lengths need one.
-- With targets the head runs on supervised positions only; a loss is a sum and its count, never a mean, so
-  that micro-batches add up to exactly the loss of their step.
+- With targets the head runs on supervised positions only and returns a loss for each, never a mean, so that
+  micro-batches add up to exactly the loss of their step.
 - Real weights come from Hugging Face or from Meta; both end as Hugging Face's names and rotary layout.
 - There are no buffers: the rotary tables are computed per forward, in fp32, from the config alone.
 
 Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
-K key/value heads, S time of queries plus cache, L adapted layers, N supervised positions.
+K key/value heads, S time of queries plus cache, N supervised positions.
 """
 
-import ctypes
 import hashlib
 import json
 import math
-import mmap
 import re
 import zipfile
 from dataclasses import asdict, dataclass, fields
@@ -32,7 +31,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from teamlora import ADAPTER_KEYS, METHODS, InputError, TeamLoRALinear, adapter_layers
+from teamlora import METHODS, AdapterConfig, InputError, adapter_layers, adapter_parameters
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -41,7 +40,7 @@ MAX_LOGITS = 2 ** 25                             # logits that exist at once, 12
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of a Llama, under the names of Hugging Face's config.json."""
+    """Sizes of a Llama, under the names of Hugging Face's config.json. InputError if one is impossible."""
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -79,44 +78,12 @@ class LlamaConfig:
                              f"{self.num_attention_heads} a multiple of num_key_value_heads "
                              f"{self.num_key_value_heads}")
 
-    @classmethod
-    def of(cls, path, **values):
-        """The same from the values of a file, which an error names."""
-        try:
-            return cls(**values)
-        except InputError as e:
-            raise InputError(f"{path}: {e}") from None
 
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """Which method adapts which projections; 'none' is the frozen base, 'full' trains every weight of it."""
-    method: str = "teamlora"
-    rank: int = 8
-    n_experts: int = 4
-    alpha: float = 16.0
-    dropout: float = 0.0
-    targets: tuple = ("gate_proj", "up_proj", "down_proj")
-
-    def __post_init__(self):
-        if self.method not in (known := (*METHODS, "full", "none")):
-            raise InputError(f"method must be one of {', '.join(known)}, not '{self.method}'")
-        unknown = [t for t in self.targets if t not in PROJECTIONS]
-        if unknown or not self.targets:
-            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, "
-                             f"not '{','.join(map(str, unknown))}'")
-
-    def linear(self, name, n_in, n_out):
-        """The projection `name`: adapted if it is a target, else a plain Linear without bias."""
-        if self.method not in METHODS or name not in self.targets:
-            return nn.Linear(n_in, n_out, bias=False)
-        return METHODS[self.method](n_in, n_out, rank=self.rank, n_experts=self.n_experts, alpha=self.alpha,
-                                    dropout=self.dropout)
-
-
-def project(linear, x, routing):
-    """linear(x), telling an adapted layer where to leave its weights."""
-    return linear(x, routing) if isinstance(linear, TeamLoRALinear) else linear(x)
+def projection(adapter, name, n_in, n_out):
+    """The projection `name`: the method's layer if it is a target, else a plain Linear without bias."""
+    if adapter.method in METHODS and name in adapter.targets:
+        return METHODS[adapter.method](n_in, n_out, adapter=adapter)
+    return nn.Linear(n_in, n_out, bias=False)
 
 
 def fp32(x):
@@ -153,22 +120,34 @@ def stretch(frequency, scaling):
     return kept * frequency + (1 - kept) * frequency / scaling["factor"]
 
 
-def rotary_tables(config, start, stop, device):
-    """cos and sin of the angles of positions start..stop-1, each (T, D), fp32 (arXiv 2104.09864)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+def rotary_tables(config, position, dtype=torch.float32):
+    """cos and sin of the angles of positions (T,) or (B, T), each (1 or B, 1, T, D) (arXiv 2104.09864)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=position.device).float() / config.head_dim
     frequency = config.rope_theta ** -exponent                                       # (D/2,)
     if config.rope_scaling:
         frequency = stretch(frequency, config.rope_scaling)
-    angle = torch.arange(start, stop, device=device).float()[:, None] * frequency     # (T, D/2)
-    angle = torch.cat((angle, angle), -1)                                            # (T, D)
-    return angle.cos(), angle.sin()
+    angle = position.float()[..., None] * frequency                                  # (..., T, D/2)
+    angle = torch.cat((angle, angle), -1).view(-1, 1, position.shape[-1], config.head_dim)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x, rotary):
     """Rotary embedding of x (B, H, T, D): pairs i with i + D/2, as Hugging Face (Meta's pairs neighbours)."""
     cos, sin = rotary
     a, b = x.chunk(2, -1)
-    return (x * cos + torch.cat((-b, a), -1) * sin).to(x.dtype)
+    return x * cos + torch.cat((-b, a), -1) * sin
+
+
+def attend(q, k, v, mask, causal):
+    """Attention of q (B, H, T, D) to k and v (B, K, S, D), each shared by H / K heads -> (B, H, T, D).
+
+    is_causal in place of a mask over all pairs keeps PyTorch's fast kernels.
+    """
+    if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
+        # enable_gqa works, says PyTorch, for flash attention, of 16 bits only, and the slow math kernel
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    shared = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
 
 
 class Attention(nn.Module):
@@ -176,30 +155,23 @@ class Attention(nn.Module):
 
     def __init__(self, config, adapter):
         super().__init__()
-        self.config = config
         C, D = config.hidden_size, config.head_dim
         H, K = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = adapter.linear("q_proj", C, H * D)
-        self.k_proj = adapter.linear("k_proj", C, K * D)
-        self.v_proj = adapter.linear("v_proj", C, K * D)
-        self.o_proj = adapter.linear("o_proj", H * D, C)
+        self.head_dim = D
+        self.q_proj = projection(adapter, "q_proj", C, H * D)
+        self.k_proj = projection(adapter, "k_proj", C, K * D)
+        self.v_proj = projection(adapter, "v_proj", C, K * D)
+        self.o_proj = projection(adapter, "o_proj", H * D, C)
 
-    def forward(self, x, rotary, cache, routing):
-        q, k, v = (project(p, x, routing).unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+    def forward(self, x, rotary, cache=None):
+        q, k, v = (p(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
                    for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, H, T, D), (B, K, T, D) twice
         q, k = rotate(q, rotary), rotate(k, rotary)
-        mask = None
+        mask, causal = None, cache is None or q.shape[2] > 1     # a single new token sees the whole cache
         if cache is not None:
-            k, v, mask = cache.extend(self, k, v)  # (B, K, S, D) twice, (B, 1, 1, S)
-        if q.is_cuda and q.dtype == torch.float32 and q.shape[1] != k.shape[1]:
-            # enable_gqa works, says PyTorch, for flash attention, of 16 bits only, and the slow math kernel
-            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
-        # causal unless it is one new token, which sees the whole cache; is_causal keeps the fast kernel, a
-        # mask over all pairs would not
-        causal = cache is None or q.shape[2] > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
-                                           enable_gqa=q.shape[1] != k.shape[1])
-        return project(self.o_proj, y.transpose(1, 2).flatten(-2), routing)          # (B, T, C)
+            k, v, mask = cache.extend(self, k, v)                # (B, K, S, D) twice, (B, 1, 1, S)
+        y = attend(q, k, v, mask, causal)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))                            # (B, T, C)
 
 
 class MLP(nn.Module):
@@ -207,28 +179,27 @@ class MLP(nn.Module):
 
     def __init__(self, config, adapter):
         super().__init__()
-        self.gate_proj = adapter.linear("gate_proj", config.hidden_size, config.intermediate_size)
-        self.up_proj = adapter.linear("up_proj", config.hidden_size, config.intermediate_size)
-        self.down_proj = adapter.linear("down_proj", config.intermediate_size, config.hidden_size)
+        C, ffn = config.hidden_size, config.intermediate_size
+        self.gate_proj = projection(adapter, "gate_proj", C, ffn)
+        self.up_proj = projection(adapter, "up_proj", C, ffn)
+        self.down_proj = projection(adapter, "down_proj", ffn, C)
 
-    def forward(self, x, routing):
-        return project(self.down_proj, F.silu(project(self.gate_proj, x, routing))
-                       * project(self.up_proj, x, routing), routing)
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Block(nn.Module):
+    """One layer of the Llama: (B, T, C) -> (B, T, C)."""
+
     def __init__(self, config, adapter):
         super().__init__()
         self.self_attn, self.mlp = Attention(config, adapter), MLP(config, adapter)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rotary, cache=None, want_routing=False):
-        # the list lives and dies here, inside the checkpointed region: a recomputation fills its own
-        routing = [] if want_routing else None
-        x = x + self.self_attn(self.input_layernorm(x), rotary, cache, routing)
-        x = x + self.mlp(self.post_attention_layernorm(x), routing)
-        return x, torch.stack(routing) if routing else None                          # (B, T, C), (L, B, T, E)
+    def forward(self, x, rotary, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class KVCache:
@@ -240,8 +211,13 @@ class KVCache:
     def __init__(self, real=None):
         self.layers, self.real = {}, real
 
-    def __len__(self):
-        return next((k.shape[2] for k, _ in self.layers.values()), 0)
+    def positions(self, tokens):
+        """Where new tokens (B, T) stand: (T,), or (B, 1) for one more in rows of different lengths."""
+        start = next((k.shape[2] for k, _ in self.layers.values()), 0)
+        if self.real is None or not start:
+            return torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        self.real = F.pad(self.real, (0, 1), value=True)                             # (B, S)
+        return self.real.sum(1, keepdim=True) - 1
 
     def extend(self, layer, k, v):
         """All keys and values with the new ones; a mask (B, 1, 1, S) if a new token must not see padding."""
@@ -253,97 +229,68 @@ class KVCache:
 
 
 class Llama(nn.Module):
-    """Llama with inline adapters. Freshly made its weights are random; `load_llama` fills in real ones.
+    """Llama with inline adapters: random weights from `init_weights`, real ones from `load_llama`.
 
-    checkpointing: recompute each block in the backward pass instead of keeping its activations.
+    checkpointing: recompute each block in the backward pass instead of keeping its activations. InputError if
+    a target is no projection of a Llama.
     """
 
-    def __init__(self, config, adapter=AdapterConfig(method="none")):
+    def __init__(self, config, adapter=None):
         super().__init__()
-        self.config, self.adapter, self.checkpointing = config, adapter, False
-        embedding = torch.empty(config.vocab_size, config.hidden_size)
-        if not embedding.is_meta:                # there, normal_ alone would import 800 modules: 1.3 s, 75 MB
-            embedding.normal_()
+        self.config, self.adapter = config, adapter or AdapterConfig(method="none")
+        self.checkpointing = False
+        unknown = [str(t) for t in self.adapter.targets if t not in PROJECTIONS]
+        if unknown or not self.adapter.targets:
+            raise InputError(f"targets must be some of {','.join(PROJECTIONS)}, not '{','.join(unknown)}'")
         self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding.from_pretrained(embedding, freeze=False),
-            "layers": nn.ModuleList(Block(config, adapter) for _ in range(config.num_hidden_layers)),
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config, self.adapter) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
         for p in self.base_parameters().values():
-            p.requires_grad_(adapter.method == "full")
+            p.requires_grad_(self.adapter.method == "full")
 
     def base_parameters(self):
         """name -> parameter of the plain Llama, under its checkpoint's names; a tied head is named once."""
-        return {name: p for name, p in self.named_parameters() if name.rpartition(".")[2] not in ADAPTER_KEYS}
+        added = adapter_parameters(self)
+        return {name: p for name, p in self.named_parameters() if name not in added}
 
-    def init_weights(self, positional=0):
+    def init_weights(self):
         """Random base: normal of sqrt(2 / 5C) (arXiv 1910.05895), smaller by sqrt(2 * layers) where a layer
-        ends (GPT-2).
-
-        positional > 0 helps a tiny model that trains for minutes to learn to look things up (mimetic
-        initialisation, as in arXiv 2305.09828): queries start near their keys, so that tokens look for their
-        like, and the first `positional` heads of layer 0 start by carrying over what stands 1, 2, ...
-        tokens back, each into directions of its own, so that later layers can tell the distances apart.
-        """
-        c, std = self.config, math.sqrt(0.4 / self.config.hidden_size)
+        ends (GPT-2)."""
+        std, depth = math.sqrt(0.4 / self.config.hidden_size), math.sqrt(2 * self.config.num_hidden_layers)
         for name, p in self.base_parameters().items():
-            if p.dim() == 2:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                nn.init.normal_(p, std=std / math.sqrt(2 * c.num_hidden_layers) if residual else std)
-        if positional:
-            self.init_attention(positional, std)
+            if p.dim() == 1:
+                nn.init.ones_(p)
+            else:
+                ends = name.endswith(("o_proj.weight", "down_proj.weight"))
+                nn.init.normal_(p, std=std / depth if ends else std)
         return self
 
-    @torch.no_grad()
-    def init_attention(self, positional, std):
-        D, C = self.config.head_dim, self.config.hidden_size
-        group = self.config.num_attention_heads // self.config.num_key_value_heads
-        for block in self.model.layers:
-            q, k = (p.weight.unflatten(0, (-1, D)) for p in (block.self_attn.q_proj, block.self_attn.k_proj))
-            q.copy_(q / 2 + k.repeat_interleave(group, 0))                           # (H, D, C)
-        # a direction that all embeddings share lets q and k of layer 0 see the position and ignore the token
-        embedding, first = self.model.embed_tokens.weight, self.model.layers[0].self_attn
-        shared = F.normalize(torch.randn(C), dim=0)
-        embedding += shared * embedding.norm(dim=1).mean()
-        directions = nn.init.orthogonal_(torch.empty(C, C))
-        for head in range(positional):
-            cos, sin = (t[0, :D // 2] for t in rotary_tables(self.config, head + 1, head + 2, "cpu"))
-            own, shared_kv = slice(head * D, head * D + D), slice(head // group * D, head // group * D + D)
-            turned, carried = torch.cat((cos, -sin)), directions[own]                # back by head + 1
-            first.q_proj.weight[own] = 0.5 * torch.outer(turned, shared)
-            first.k_proj.weight[shared_kv] = 0.5 * torch.outer(torch.cat((cos * 0 + 1, sin * 0)), shared)
-            first.v_proj.weight[shared_kv] = carried
-            first.o_proj.weight[:, own] = carried.T * std * math.sqrt(C / D)  # as long as an embedding
-
     def compile_blocks(self, backend="inductor"):
-        """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch, with
-        another for the first block, whose input needs no gradient, and more for evaluation, for wanted
-        routing weights and for single rows."""
+        """torch.compile each block. Shapes are symbolic: all blocks share one graph for every batch; the
+        first, whose input needs no gradient, has its own, and evaluation and single rows have more."""
         torch._dynamo.config.recompile_limit = 64  # of 8: what comes beyond it runs eagerly
         for block in self.model.layers:
             block.compile(dynamic=True, backend=backend)
 
-    def hidden(self, tokens, cache=None, want_routing=False):
-        """tokens (B, T) -> final hidden states (B, T, C) and, if wanted, the routing weights (L, B, T, E)."""
-        x, routing = self.model.embed_tokens(tokens), []                             # (B, T, C)
-        start = len(cache) if cache is not None else 0
-        rotary = rotary_tables(self.config, start, start + tokens.shape[1], tokens.device)
-        if start and cache.real is not None:     # a new token per row: its position leaves out the padding
-            cache.real = F.pad(cache.real, (0, 1), value=True)                       # (B, S)
-            position = cache.real.sum(1) - 1                                         # (B,)
-            tables = rotary_tables(self.config, 0, start + 1, tokens.device)
-            rotary = [t[position, None, None] for t in tables]                       # (B, 1, 1, D) twice
+    def hidden(self, tokens, cache=None):
+        """tokens (B, T) -> final hidden states (B, T, C)."""
+        x = self.model.embed_tokens(tokens)                                          # (B, T, C)
+        position = (torch.arange(tokens.shape[1], device=tokens.device) if cache is None
+                    else cache.positions(tokens))
+        rotary = rotary_tables(self.config, position, x.dtype)
         for block in self.model.layers:
-            if self.checkpointing and torch.is_grad_enabled():
-                x, w = checkpoint(block, x, rotary, None, want_routing, use_reentrant=False)
-            elif cache is None:
-                x, w = block(x, rotary, None, want_routing)
-            else:  # a cache grows with every token: eager, whatever --compile says
-                x, w = block.forward(x, rotary, cache, want_routing)
-            routing += [] if w is None else [w]
-        return self.model.norm(x), torch.cat(routing) if routing else None
+            if cache is not None:  # a cache grows with every token: eager, whatever --compile says
+                x = block.forward(x, rotary, cache)
+            elif self.checkpointing and torch.is_grad_enabled():
+                # the reentrant kind would train the last layer only, for the base below it is frozen
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary)
+        return self.model.norm(x)
 
     def token_losses(self, hidden, targets):
         """Head at supervised positions (targets >= 0): losses (N,) in fp32, and whether the argmax hits (N,).
@@ -364,12 +311,10 @@ class Llama(nn.Module):
         return tuple(map(torch.cat, zip(*chunks)))
 
     def forward(self, tokens, targets=None):
-        """tokens (B, T) -> logits (B, T, V); with targets (B, T), < 0 unsupervised: (loss summed, count)."""
-        hidden, _ = self.hidden(tokens)
-        if targets is None:
-            return self.lm_head(hidden)
-        losses, _ = self.token_losses(hidden, targets)
-        return losses.sum(), losses.numel()
+        """tokens (B, T) -> logits (B, T, V); with targets (B, T), < 0 where unsupervised: losses (N,) in fp32
+        and whether greedy decoding is right there (N,)."""
+        hidden = self.hidden(tokens)
+        return self.lm_head(hidden) if targets is None else self.token_losses(hidden, targets)
 
     @torch.no_grad()
     def generate(self, tokens, max_new_tokens, *, lengths=None, temperature=0.0, top_k=0, use_cache=True,
@@ -389,9 +334,9 @@ class Llama(nn.Module):
         ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for i in range(max_new_tokens):
             if use_cache and generated:
-                hidden = self.hidden(generated[-1], cache)[0][:, 0]                  # (B, C)
+                hidden = self.hidden(generated[-1], cache)[:, 0]                  # (B, C)
             else:
-                hidden = self.hidden(tokens[:, :T + i], cache)[0][rows, lengths - 1]
+                hidden = self.hidden(tokens[:, :T + i], cache)[rows, lengths - 1]
             logits = fp32(self.lm_head(hidden))                                      # (B, V)
             if temperature > 0:
                 if top_k > 0:
@@ -441,7 +386,7 @@ def read_json(path):
 
 
 def read_config(folder):
-    """LlamaConfig of a Hugging Face folder. Raises InputError if it is no Llama, or one not built here."""
+    """LlamaConfig's values of a Hugging Face folder. InputError if it is no Llama, or one not built here."""
     path, generation = Path(folder) / "config.json", Path(folder) / "generation_config.json"
     raw = read_json(path)
     if raw.get("model_type") != "llama":
@@ -461,17 +406,17 @@ def read_config(folder):
             scaling = {k: rope[k] for k in ("rope_type", *SCALING[rope["rope_type"]])}
     except KeyError as e:
         raise InputError(f"{path}: {e} is missing") from None
-    optional = ("rms_norm_eps", "tie_word_embeddings", "max_position_embeddings", "bos_token_id")
+    optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
+                "max_position_embeddings", "bos_token_id")
     optional = {k: raw[k] for k in optional if raw.get(k) is not None}
     # both files may name ends, and they differ: Llama-3-8B-Instruct's end of a turn is in the second alone
     ends = [d.get("eos_token_id") for d in (raw, read_json(generation) if generation.is_file() else {})]
     ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
     ends = tuple(e for i, e in enumerate(ends) if e not in ends[:i])
-    width = sizes["hidden_size"]
-    share = width // heads if type(width) is type(heads) is int and heads else 1  # LlamaConfig refuses others
-    return LlamaConfig.of(path, **sizes, num_attention_heads=heads, rope_theta=theta, rope_scaling=scaling,
-                          num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                          head_dim=raw.get("head_dim") or share, eos_token_id=ends or (2,), **optional)
+    if type(sizes["hidden_size"]) is type(heads) is int and heads:   # LlamaConfig refuses others
+        optional = {"head_dim": sizes["hidden_size"] // heads} | optional
+    return {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 1, "rope_theta": theta,
+            "rope_scaling": scaling, "eos_token_id": ends or (2,)} | sizes | optional
 
 
 def read_safetensors(path):
@@ -575,7 +520,7 @@ def open_weights(folder):
 
 
 def open_meta(folder):
-    """(LlamaConfig, name -> its parts, one per shard) of a Meta folder, under Hugging Face's names.
+    """(LlamaConfig's values, name -> its parts, one per shard) of a Meta folder, with Hugging Face's names.
 
     params.json leaves out or hides (-1) what the tensors tell: vocabulary, width of the MLP, key/value heads.
     """
@@ -592,8 +537,8 @@ def open_meta(folder):
         scaling = {"rope_type": "llama3", **SCALING["llama3"], "factor": 32.0 if C < 4096 else 8.0}
         llama3 = {"bos_token_id": 128000, "eos_token_id": (128001, 128008, 128009),
                   "max_position_embeddings": 131072 if raw.get("use_scaled_rope") else 8192}
-        config = LlamaConfig.of(
-            folder / "params.json", vocab_size=V, hidden_size=C,
+        values = dict(
+            vocab_size=V, hidden_size=C,
             intermediate_size=n * len(first["layers.0.feed_forward.w1.weight"]),
             num_hidden_layers=raw["n_layers"], num_attention_heads=H, head_dim=D,
             rms_norm_eps=raw["norm_eps"],
@@ -610,7 +555,7 @@ def open_meta(folder):
             name = name.replace(theirs, ours)
         return name if name.startswith("lm_head") else f"model.{name}"
     names = {name for shard in shards for name in shard} - {"rope.freqs"}
-    return config, {renamed(name): [shard[name] for shard in shards if name in shard] for name in names}
+    return values, {renamed(name): [shard[name] for shard in shards if name in shard] for name in names}
 
 
 def cut_of(parts, shape):
@@ -621,37 +566,36 @@ def cut_of(parts, shape):
     return cuts.get(own.pop()) if len(own) == 1 else None
 
 
-def release(tensor):
-    """Give back the file pages wholly behind a memory-mapped tensor, which would else stay resident."""
-    storage, page = tensor.untyped_storage(), mmap.PAGESIZE
-    start, stop = storage.data_ptr(), storage.data_ptr() + storage.nbytes()
-    start, stop = -(-start // page) * page, stop // page * page
-    if start < stop and hasattr(mmap, "MADV_DONTNEED"):     # Windows has none
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_DONTNEED)
-
-
-def fresh_adapters(model, device):
-    """Make the adapters, still on the meta device, of a model whose base is filled in."""
+def materialise(model, device, dtype):
+    """Give memory to every parameter that is still on the meta device: the base's in `dtype`, empty, those of
+    adapters in fp32, fresh. One that modules share, like a tied head, stays one."""
+    added, real = set(adapter_parameters(model).values()), {}
+    for module in model.modules():
+        for key, p in list(module.named_parameters(recurse=False)):
+            if p.is_meta and p not in real:
+                memory = torch.empty(p.shape, dtype=torch.float32 if p in added else dtype, device=device)
+                real[p] = nn.Parameter(memory, requires_grad=p.requires_grad)
+            setattr(module, key, real.get(p, p))
     for _, layer in adapter_layers(model):
-        for key, p in list(layer.named_parameters(recurse=False)):
-            if key in ADAPTER_KEYS:
-                setattr(layer, key, nn.Parameter(torch.empty(p.shape, device=device)))
         layer.reset_adapter()
-    assert not any(p.is_meta for p in model.parameters()), "a parameter was never made"
-    return model
 
 
-def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype=torch.float32):
+def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32):
     """The Llama in a Hugging Face or Meta folder, with fresh adapters in fp32.
 
     Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
     unexpected or a shape differs, before anything is allocated.
     """
-    folder, meta = Path(folder), not (Path(folder) / "config.json").is_file()
+    folder = Path(folder)
+    meta = not (folder / "config.json").is_file()
     if meta and not (folder / "params.json").is_file():
         raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is there")
-    config, weights = open_meta(folder) if meta else (
+    values, weights = open_meta(folder) if meta else (
         read_config(folder), {name: [t] for name, t in open_weights(folder).items()})
+    try:
+        config = LlamaConfig(**values)
+    except InputError as e:
+        raise InputError(f"{folder / ('params.json' if meta else 'config.json')}: {e}") from None
     with torch.device("meta"):
         model = Llama(config, adapter)
     own = model.base_parameters()
@@ -665,18 +609,14 @@ def load_llama(folder, adapter=AdapterConfig(method="none"), device="cpu", dtype
         if not cut_of(weights[name], p.shape):
             found = " + ".join(str(tuple(t.shape)) for t in weights[name])
             raise InputError(f"{folder}: {name} has shape {found}, its config says {tuple(p.shape)}")
-    for name, p in own.items():
-        module, _, key = name.rpartition(".")
-        filled = target = torch.empty(p.shape, dtype=dtype, device=device)
-        if meta and module.endswith(("q_proj", "k_proj")):   # pairs of rows: side by side there, halves here
-            target = filled.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)
+    materialise(model, device, dtype)
+    for name, p in model.base_parameters().items():
+        target = p.detach()
+        if meta and name.endswith(("q_proj.weight", "k_proj.weight")):   # pairs of rows: side by side there,
+            target = target.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)      # halves here
         for part, piece in zip(weights[name], target.chunk(*cut_of(weights[name], p.shape))):
             piece.copy_(part.detach().reshape(piece.shape))
-            release(part)
-        setattr(model.get_submodule(module), key, nn.Parameter(filled, requires_grad=p.requires_grad))
-    if config.tie_word_embeddings:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    return fresh_adapters(model, device)
+    return model
 
 
 def save_llama(model, folder):

@@ -4,10 +4,12 @@ The idea: a frozen linear map W gets one shared down-projection A and E expert u
 weighs the experts for every token, and a small matrix M lets the experts raise or lower each other's weight.
 Paper: Lin et al., "TeamLoRA", ACL 2025, arXiv 2408.09856; the equations here follow its authors' layer.
 
-    z   = A x                    shared by all experts; expert e owns slice e of it
+    z   = A x                    shared by all experts; expert e owns slice z_e of it, r numbers
     phi = softmax(R x)           what the paper calls Shapley values: a softmax, no Shapley value is computed
     w   = phi + phi M            M starts with diagonal 0; then w is scaled: a token's weights sum to E
     y   = W x + (alpha / r) * sum_e w_e B_e dropout(z_e)
+
+    python teamlora.py           one token through a layer of two experts, every number printed
 
 What may surprise:
 - No loop over experts. Scaling slice e of z by w_e and multiplying by all B side by side is the same sum,
@@ -23,17 +25,54 @@ L adapted layers.
 
 import math
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-ADAPTER_KEYS = ("lora_A", "lora_B", "router", "interaction")
-
 
 class InputError(ValueError):
     """What the user gave cannot be used: one sentence that names it and the way out. train.py prints it."""
 
+
+def flag(default, help, least=0, below=math.inf, choices=()):
+    """A field of a configuration, which train.py makes a flag. A number lies in [least, below)."""
+    return field(default=default, metadata={"help": help, "least": least, "below": below, "choices": choices})
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The settings of an adapter. A new one is a line here and the line of the layer that uses it.
+
+    InputError names a value that cannot be; train.py's configuration extends this one and its check.
+    """
+    method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none "
+                                   "(bare base)")
+    rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank", least=1)
+    n_experts: int = flag(4, "number of experts E", least=1)
+    alpha: float = flag(16.0, "the update is scaled by alpha / rank", least=1e-12)
+    dropout: float = flag(0.0, "dropout on A x", below=1)
+    targets: tuple = flag(("gate_proj", "up_proj", "down_proj"), "adapted projections, comma-separated")
+
+    def __post_init__(self):
+        for f in fields(self):
+            value, least, below, choices = getattr(self, f.name), *(
+                f.metadata[key] for key in ("least", "below", "choices"))
+            if choices and value not in choices:
+                raise InputError(f"--{f.name} must be one of {', '.join(choices)}, not '{value}'")
+            below = min(below, 2 ** 31) if type(value) is int else below
+            if type(value) in (int, float) and not least <= value < below:
+                raise InputError(f"--{f.name} must be at least {least} and below {below}, not {value}")
+        self.check()
+
+    def check(self):
+        """What no range of a single field says."""
+        if self.method not in (known := (*METHODS, "full", "none")):
+            raise InputError(f"--method must be one of {', '.join(known)}, not '{self.method}'")
+
+
+# ---- The layer and its rivals
 
 def softmax(logits):
     """In fp32, for bf16 loses the small weights; the product R x accumulates in fp32 anyway."""
@@ -43,89 +82,78 @@ def softmax(logits):
 class TeamLoRALinear(nn.Linear):
     """Linear layer (..., in) -> (..., out) with a frozen `weight` and trainable experts (arXiv 2408.09856).
 
-    rank: r of one expert, so the shared A has E*r rows; alpha: the update is scaled by alpha / r;
-    dropout: applied to z = A x. Parameters: lora_A (E*r, in), lora_B (out, E*r), router (E, in),
-    interaction (E, E). `weight` keeps its name, so a checkpoint of the plain layer loads as it is.
-    Raises InputError if rank or n_experts is below 1 or dropout is outside [0, 1).
+    Parameters: lora_A (E*r, in), lora_B (out, E*r), router R (E, in), interaction M (E, E). `weight` keeps
+    its name, so a checkpoint of the plain layer loads as it is.
     """
 
-    change_weights = None                        # set by `restricted` alone: w -> w, after the competition
-
-    def __init__(self, in_features, out_features, bias=False, *,
-                 rank=8, n_experts=4, alpha=16.0, dropout=0.0):
+    def __init__(self, in_features, out_features, bias=False, adapter=None):
         super().__init__(in_features, out_features, bias)
-        for name, value in (("rank", rank), ("n_experts", n_experts)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        if not 0 <= dropout < 1:
-            raise InputError(f"dropout must lie in [0, 1), got {dropout}")
-        self.rank, self.n_experts, self.alpha, self.dropout = rank, n_experts, alpha, dropout
-        for p in self.parameters():
-            p.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(n_experts * rank, in_features))
-        self.lora_B = nn.Parameter(torch.empty(out_features, n_experts * rank))
-        self.router = nn.Parameter(torch.empty(n_experts, in_features))
-        self.interaction = nn.Parameter(torch.empty(n_experts, n_experts))
+        self.requires_grad_(False)
+        self.adapter = adapter or AdapterConfig()
+        E, r = self.adapter.n_experts, self.adapter.rank
+        self.lora_A = nn.Parameter(torch.empty(E * r, in_features))
+        self.lora_B = nn.Parameter(torch.empty(out_features, E * r))
+        self.router = nn.Parameter(torch.empty(E, in_features))
+        self.interaction = nn.Parameter(torch.empty(E, E))
         self.reset_adapter()
 
     def reset_adapter(self):
         """Fresh adapter: every B is zero, so the layer computes exactly its base layer."""
-        for p in (self.lora_A, self.router):
-            if p is not None:
-                nn.init.kaiming_uniform_(p, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.router is not None:
+            nn.init.kaiming_uniform_(self.router, a=math.sqrt(5))
         if self.interaction is not None:
             nn.init.uniform_(self.interaction, -0.1, 0.1)
             with torch.no_grad():
                 self.interaction.fill_diagonal_(0)
 
-    def route(self, x):
-        """Weights of the experts (..., in) -> (..., E), in fp32 (float64 for float64)."""
-        router = self.lora_A[:0] if self.router is None else self.router
-        return self.compete(F.linear(x, router.to(x.dtype)))
-
-    def compete(self, logits):
-        """The competition: R x (..., E) -> the experts' weights (..., E), of sum E, in fp32 or float64."""
+    def gate(self, logits):
+        """The competition: R x (..., E) -> the experts' weights w (..., E), in fp32 or float64."""
         phi = softmax(logits)
         w = phi + phi @ self.interaction.to(phi.dtype)
         # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which
         # would blow up the update or flip its sign. Below 0.1 it counts as 0.1: none grows more than tenfold.
-        return self.n_experts * w / w.sum(-1, keepdim=True).clamp(min=0.1)
+        return self.adapter.n_experts * w / w.sum(-1, keepdim=True).clamp(min=0.1)
 
-    def weighted(self, z, w):
-        """Slice e of z (..., E*r) times w_e (..., E) -> (..., E*r)."""
-        return (z.unflatten(-1, (self.n_experts, self.rank)) * w.unsqueeze(-1)).flatten(-2)
+    def seen(self, z):
+        """What each expert sees of z: (..., E*r) -> (..., E, r), its own slice."""
+        return z.unflatten(-1, (self.adapter.n_experts, self.adapter.rank))
 
-    def forward(self, x, routing=None):
-        """x (..., in) -> (..., out), in x's dtype. `routing`: a list that receives the weights (..., E)."""
+    def forward(self, x):
+        """x (..., in) -> (..., out), in x's dtype; the equation stands in the comments.
+
+        z = A x;  w = gate(R x);  y = W x + (alpha / r) * sum_e w_e B_e dropout(z_e)
+        """
         shape, x = x.shape[:-1], x.reshape(-1, self.in_features)                     # (B*T, in)
-        # A and R read the same x: one product. Besides x, backward keeps nothing wider than its output
-        narrow = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
-        z, logits = F.linear(x, narrow.to(x.dtype)).tensor_split((len(self.lora_A),), -1)
-        w = self.compete(logits)                                                     # (B*T, E)
-        if self.change_weights:
-            w = self.change_weights(w)
-        if routing is not None:
-            routing.append(w.view(*shape, -1))
-        z = F.dropout(z, self.dropout, self.training)
-        # alpha / r goes into the weights: E numbers a token instead of out
-        z = self.weighted(z, (w * (self.alpha / self.rank)).to(x.dtype))             # (B*T, E*r)
+        # z = A x, logits = R x: they read the same x, so they are one product
+        down = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
+        z, logits = F.linear(x, down.to(x.dtype)).split((len(self.lora_A), len(down) - len(self.lora_A)), -1)
+        # w = gate(R x)
+        w = self.gate(logits.view(*shape, logits.shape[-1]))                          # (..., E)
+        # w_e dropout(z_e): alpha / r goes into the weights, which are E numbers a token instead of out
+        z = F.dropout(z, self.adapter.dropout, self.training)
+        w = (w * (self.adapter.alpha / self.adapter.rank)).to(x.dtype).view(len(x), -1, 1)
+        z = (self.seen(z) * w).flatten(-2)                                           # (B*T, E*r)
+        # y = W x + [B_1 .. B_E] z: added inside the second product, a sum would pass over (B*T, out) again
         y = F.linear(x, self.weight, self.bias)
-        # added inside the second product: a sum of two products would pass over (B*T, out) once more
-        return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, -1)               # (..., out)
+        return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, self.out_features)
 
     def update(self):
         """What the adapter adds to `weight`, (out, in), in float64; InputError if it depends on the token."""
-        if self.router is not None and self.n_experts > 1:
-            raise InputError(f"{type(self).__name__} with {self.n_experts} experts cannot be merged into its "
-                             "base: their weights depend on the token; lora and every method with "
-                             "n_experts=1 can")
         A, B = self.lora_A.detach().double(), self.lora_B.detach().double()
-        w = self.route(A.new_zeros(self.in_features))        # (E,), the same for every token
-        return B @ self.weighted(A.T, w * (self.alpha / self.rank)).T
+        # the gate itself is asked, so that this holds for a method that is not written yet
+        n_logits, generator = 0 if self.router is None else len(self.router), torch.Generator().manual_seed(0)
+        w = self.gate(4 * torch.randn(64, n_logits, generator=generator, dtype=A.dtype).to(A.device))
+        if not torch.allclose(w, w[:1].expand_as(w)):
+            raise InputError(f"{self.adapter.method} with {self.adapter.n_experts} experts cannot be merged "
+                             "into its base: their weights depend on the token; lora's never do, nor do "
+                             "those of a softmax over one expert (n_experts=1)")
+        w = w[0] * (self.adapter.alpha / self.adapter.rank)                          # (E,)
+        return B @ (self.seen(A.T) * w[:, None]).flatten(-2).T
 
     def extra_repr(self):
-        return f"{super().extra_repr()}, rank={self.rank}, n_experts={self.n_experts}, alpha={self.alpha}"
+        return f"{super().extra_repr()}, {self.adapter}"
 
 
 class LoRALinear(TeamLoRALinear):
@@ -135,9 +163,9 @@ class LoRALinear(TeamLoRALinear):
         super().__init__(*args, **kwargs)
         self.router = self.interaction = None
 
-    def compete(self, logits):
-        one = logits.new_ones((), dtype=torch.promote_types(logits.dtype, torch.float32))
-        return one.expand(*logits.shape[:-1], self.n_experts)
+    def gate(self, logits):
+        """Ones; the logits are (..., 0)."""
+        return softmax(logits).new_ones(*logits.shape[:-1], self.adapter.n_experts)
 
 
 class MoELoRALinear(TeamLoRALinear):
@@ -150,7 +178,7 @@ class MoELoRALinear(TeamLoRALinear):
         super().__init__(*args, **kwargs)
         self.interaction = None
 
-    def compete(self, logits):
+    def gate(self, logits):
         return softmax(logits)
 
 
@@ -159,37 +187,53 @@ class HydraLoRALinear(MoELoRALinear):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.lora_A = nn.Parameter(self.lora_A[:self.rank].detach().clone())         # (r, in)
+        self.lora_A = nn.Parameter(self.lora_A[:self.adapter.rank].detach().clone())    # (r, in)
 
-    def weighted(self, z, w):
-        """One copy of z (..., r) per expert, each times its w_e (..., E) -> (..., E*r)."""
-        return (z.unsqueeze(-2) * w.unsqueeze(-1)).flatten(-2)
-
-
-def published_loop(layer, x, routing=None):
-    """The forward of any of these layers as published, a loop over experts: timed, and the tests' reference.
-
-    MoELoRA and HydraLoRA evaluate A once per expert, TeamLoRA once; each expert then adds its (..., out).
-    """
-    E, r, A = layer.n_experts, layer.rank, layer.lora_A.to(x.dtype)
-    w = (x.new_ones(*x.shape[:-1], E) if layer.router is None else
-         F.linear(x, layer.router.to(x.dtype)).softmax(-1))
-    if layer.interaction is not None:
-        w = w + torch.einsum("...i,ij->...j", w, layer.interaction.to(x.dtype))
-        w = E * w / w.sum(-1, keepdim=True)
-    if isinstance(layer, MoELoRALinear):
-        zs = [F.linear(x, A_e) for A_e in (A.split(r) if len(A) > r else [A] * E)]
-    else:
-        zs = F.linear(x, A).split(r, -1)
-    y = F.linear(x, layer.weight, layer.bias)
-    for e, B_e in enumerate(layer.lora_B.to(x.dtype).split(r, 1)):
-        z = F.dropout(zs[e], layer.dropout, layer.training)
-        y += w[..., e:e + 1] * F.linear(z, B_e) * (layer.alpha / r)
-    return y
+    def seen(self, z):
+        """All of z for every expert: (..., r) -> (..., 1, r)."""
+        return z.unsqueeze(-2)
 
 
 METHODS = {"teamlora": TeamLoRALinear, "lora": LoRALinear, "moelora": MoELoRALinear,
            "hydralora": HydraLoRALinear}
+
+
+# ---- The experts' weights, seen or changed from outside, and the balance term
+
+@contextmanager
+def changed_weights(model, change):
+    """Inside this block every adapted layer of the model weighs its experts by change(w), w (..., E)."""
+    layers = [layer for _, layer in adapter_layers(model)]
+    before = [layer.__dict__.get("gate") for layer in layers]    # of a block around this one
+
+    def changed(gate):
+        return lambda logits: change(gate(logits))
+    for layer in layers:
+        layer.gate = changed(layer.gate)
+    try:
+        with torch.compiler.set_stance("force_eager"):       # or --compile would compile for every block anew
+            yield
+    finally:
+        for layer, gate in zip(layers, before):
+            del layer.gate
+            if gate:
+                layer.gate = gate
+
+
+@contextmanager
+def collected_weights(model):
+    """Yield a list that receives w (B, T, E) of every adapted layer that runs inside this block, in order.
+
+    Gradients flow through them, under activation checkpointing too: leave the block before backward, which
+    runs layers again.
+    """
+    weights = []
+
+    def keep(w):
+        weights.append(w)
+        return w
+    with changed_weights(model, keep):
+        yield weights
 
 
 def mean_usage(routing, mask):
@@ -207,26 +251,30 @@ def balance_loss(usage):
     return (usage - usage.mean(-1, keepdim=True)).square().mean()
 
 
+# ---- Adapters in and out of a model
+
 def adapter_layers(model):
     """The adapted layers of a model, as (name, layer) pairs in the model's order."""
     return [(name, m) for name, m in model.named_modules() if isinstance(m, TeamLoRALinear)]
+
+
+def adapter_parameters(model):
+    """name -> parameter of everything that adapters add; one that layers share is named once."""
+    added = {p for _, layer in adapter_layers(model) for key, p in layer.named_parameters(recurse=False)
+             if key not in ("weight", "bias")}
+    return {name: p for name, p in model.named_parameters() if p in added}
 
 
 @torch.no_grad()
 def merge(model):
     """Move every adapter's update into its frozen weight: the model computes the same as before, with B = 0.
 
-    Raises InputError if a method's update depends on the token; then nothing has changed.
+    Raises InputError if a layer's update depends on the token; then nothing has changed.
     """
-    for _, layer in adapter_layers(model):       # all of one method, so the first raises if any does
-        layer.weight.copy_(layer.weight.double() + layer.update())
+    updates = [(layer, layer.update()) for _, layer in adapter_layers(model)]
+    for layer, update in updates:
+        layer.weight.copy_(layer.weight.double() + update)
         layer.lora_B.zero_()
-
-
-def adapter_parameters(model):
-    """name -> parameter of everything an adapter adds: lora_A, lora_B, router, interaction."""
-    return {f"{name}.{key}": p for name, layer in adapter_layers(model)
-            for key, p in layer.named_parameters(recurse=False) if key in ADAPTER_KEYS}
 
 
 def parameter_state(parameters):
@@ -252,85 +300,17 @@ def load_parameters(parameters, state):
             p.copy_(state[name])
 
 
-# ---- What one can ask of the experts of a trained model
-
-@contextmanager
-def restricted(model, change):
-    """Inside this block the weights w (..., E) of every adapted layer are change(w): see `only` and `top`."""
-    layers = [layer for _, layer in adapter_layers(model)]
-    for layer in layers:
-        layer.change_weights = change
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.change_weights = None
-
-
-def only(experts):
-    """Switch all experts off but these: their weights stay as they are, the others become 0."""
-    def change(w):
-        kept = torch.zeros_like(w)
-        kept[..., list(experts)] = w[..., list(experts)]
-        return kept
-    return change
-
-
-def top(k):
-    """Keep the k largest weights of every token, scaled so that its weights sum to what they did."""
-    def change(w):
-        largest = w.topk(k, -1)
-        kept = torch.zeros_like(w).scatter(-1, largest.indices, largest.values)
-        return kept * (w.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True))
-    return change
-
-
-def coalition(index):
-    """The experts of coalition number `index` of 2^E: expert e takes part if bit e is set."""
-    return [e for e in range(index.bit_length()) if index >> e & 1]
-
-
-def shapley_values(value):
-    """Exact Shapley value of each expert: value (2^E, ...) of all coalitions -> (E, ...).
-
-    phi_e = sum over S without e of |S|! (E - |S| - 1)! / E! (v(S + e) - v(S)); they sum to v(all) - v(none).
-    """
-    E = len(value).bit_length() - 1
-    return torch.stack([sum((value[S | 1 << e] - value[S]) / (E * math.comb(E - 1, S.bit_count()))
-                            for S in range(2 ** E) if not S >> e & 1) for e in range(E)])
-
-
-def shapley_interactions(value):
-    """Shapley interaction index of each pair of experts (Grabisch, Roubens 1999): (2^E, ...) -> (E, E, ...).
-
-    Above 0 a pair is worth more together than apart, below 0 they replace each other; the diagonal is 0.
-    """
-    E = len(value).bit_length() - 1
-    index = value.new_zeros(E, E, *value.shape[1:])
-    for i in range(E):
-        for j in range(i):
-            both = 1 << i | 1 << j
-            index[i, j] = index[j, i] = sum(
-                (value[S | both] - value[S | 1 << i] - value[S | 1 << j] + value[S]) / (
-                    (E - 1) * math.comb(E - 2, S.bit_count())) for S in range(2 ** E) if not S & both)
-    return index
-
-
-def distribution(usage):
-    """Weights (..., E) as shares of the experts: negative ones count as 0, and the shares sum to 1."""
-    p = usage.clamp(min=0)
-    return p / p.sum(-1, keepdim=True)
-
-
-def entropy(p):
-    """Entropy of shares (..., E) in bits: log2 E if the experts are used evenly, 0 if one does all."""
-    return -torch.special.xlogy(p, p).sum(-1) / math.log(2)
-
-
-def mutual_information(usage, groups):
-    """Bits that the chosen expert tells about the group: usage (N, L, E), groups (N,) -> mean over layers.
-
-    I = entropy of the mean over groups - mean over groups of their entropy, all groups weighing the same.
-    """
-    p = torch.stack([distribution(usage[groups == g]).mean(0) for g in groups.unique()])   # (groups, L, E)
-    return (entropy(p.mean(0)) - entropy(p).mean(0)).mean()
+if __name__ == "__main__":
+    # one token of width 3 through a layer of two experts of rank 1
+    torch.manual_seed(0)
+    layer = TeamLoRALinear(3, 2, adapter=AdapterConfig(rank=1, n_experts=2, alpha=1.0))
+    nn.init.normal_(layer.lora_B)                # as if trained: a fresh B is zero
+    x = torch.randn(3)
+    z, phi, w = layer.lora_A @ x, softmax(layer.router @ x), layer.gate(layer.router @ x)
+    parts = layer.lora_B * z * w                 # column e: w_e B_e z_e
+    for name, value in (("x", x), ("z = A x, one number per expert", z), ("phi = softmax(R x)", phi),
+                        ("M, the experts' interaction", layer.interaction),
+                        ("w = phi + phi M, scaled to sum 2", w), ("W x", layer.weight @ x),
+                        ("w_1 B_1 z_1", parts[:, 0]), ("w_2 B_2 z_2", parts[:, 1]),
+                        ("y = W x + their sum", layer.weight @ x + parts.sum(1)), ("layer(x)", layer(x))):
+        print(f"{name:34}{str(tuple(value.shape)):8}{[round(v, 4) for v in value.flatten().tolist()]}")

@@ -1,19 +1,17 @@
 """The story of one run: configuration, training step, loop, evaluation, checkpoints, command-line modes.
 
-    python train.py                                         a small Llama from nothing, adapted to 11 tasks
+    python train.py                                         adapts the built-in small Llama to 11 tasks
     python train.py --method=lora --steps=500               the same with another method
     python train.py --init_from=FOLDER --data=FILE,FOLDER   a real Llama on your own instructions
     python train.py --mode=eval                             the numbers of out/adapter.pt again
     python train.py --mode=sample --prompt="..."            one answer; without --prompt, one to every line
-    python train.py --mode=compare                          methods side by side, on equal terms
-    python train.py --mode=shapley                          what each expert of out/adapter.pt is worth
-    python train.py --mode=bench --size=smollm2-135m        what a step costs, beside base and rivals
-    python train.py --export=FOLDER                         base and adapter merged, if the method allows it
+    python train.py --mode=export                           base and adapter merged, if the method allows it
     torchrun --nproc_per_node=N train.py ...                the same run on N GPUs
 
-The idea: without --init_from the run first makes its own base model and saves it as an ordinary Llama folder;
-from there on both take the same road. A step's loss is a sum over its supervised tokens divided by their
-number, however the step is cut into micro-batches.
+The idea: flags become one configuration; a step's examples follow from (seed, step) alone; a step's loss is a
+sum over its supervised tokens divided by their number, however the step is cut into micro-batches.
+
+Read it from `training_step` on; `fit` is the loop around it and `run_train` what is around that.
 
 What may surprise:
 - No autocast and no GradScaler: the base is bf16 on CUDA, fp32 on the CPU and with --method=full, adapters
@@ -21,16 +19,13 @@ What may surprise:
 - The same seed gives the same examples in the same order for every method.
 - Greedy exact match needs no generation: if the argmax is right at every answer position, greedy decoding
   is right.
-- The loop waits for a GPU where it logs or saves alone (and, making the base, after every step), so that the
-  next steps' batches are made while it computes.
-- A step's examples and its dropout follow from (seed, step) alone, so a checkpoint holds no random state.
+- The loop waits for a GPU only where it logs or saves, so that the next steps' batches are made while it
+  computes.
+- A step's dropout follows from (seed, step) too, so a checkpoint holds no random state.
 """
 
 import argparse
 import functools
-import gc
-import importlib.util
-import itertools
 import json
 import math
 import os
@@ -38,80 +33,66 @@ import random
 import shlex
 import shutil
 import signal
-import sqlite3
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
-from datetime import timedelta
-from functools import partial, partialmethod
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partialmethod
 from pathlib import Path
-from statistics import fmean as mean, median
-from typing import NamedTuple
+from statistics import fmean as mean
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import (MAX_LOGITS, AdapterConfig, Llama, LlamaConfig, fingerprint, fresh_adapters, load_llama,
-                   plain, queued, read_json, read_pickle, rotary_tables, save_llama)
-from teamlora import (InputError, adapter_layers, balance_loss, coalition, distribution, entropy,
-                      load_parameters, mean_usage, merge, mutual_information, only, parameter_state,
-                      published_loop, restricted, shapley_interactions, shapley_values, top)
+from model import fingerprint, load_llama, plain, queued, read_pickle, save_llama
+from teamlora import (AdapterConfig, InputError, adapter_layers, balance_loss, collected_weights, flag,
+                      load_parameters, mean_usage, merge, parameter_state)
+
+BUILT_IN_BASE = Path(__file__).parent / "assets" / "base"
 
 
 # ---- Configuration: a field is a flag
 
-def flag(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
-class Config:
+class Config(AdapterConfig):
     mode: str = flag("train", "train, eval (the numbers of out_dir/adapter.pt again), sample (answer "
-                              "--prompt, or the terminal), compare (methods side by side), shapley (the "
-                              "worth of each expert) or bench (what a step costs)")
+                              "--prompt, or the terminal) or export (write base and adapter as one model to "
+                              "out_dir/export)", choices=("train", "eval", "sample", "export"))
     out_dir: str = flag("out", "folder for everything a run writes")
-    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: make the small "
-                              "built-in base")
+    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: the built-in base")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: "
                          "MiniCME")
     val_data: str = flag("", "files to evaluate on; empty: hold out a share of --data by content hash")
-    val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty")
+    val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty", below=1)
     val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which "
                                   "has no end, 400)")
-    max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer")
+    max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer",
+                           least=1)
     template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and "
                                   "perhaps {output} and its end; {eos} is the end of sequence")
-    method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none "
-                                   "(bare base)")
     paper: bool = flag(False, "the paper's settings, as far as they are known, wherever no other flag says "
                               "otherwise")
-    rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank")
-    n_experts: int = flag(4, "number of experts E")
-    alpha: float = flag(16.0, "the update is scaled by alpha / rank")
-    dropout: float = flag(0.0, "dropout on A x")
-    targets: tuple = flag(("gate_proj", "up_proj", "down_proj"), "adapted projections, comma-separated")
     balance: float = flag(0.0, "weight of the balance term, which evens out the use of the experts")
-    steps: int = flag(1500, "optimizer steps")
-    batch_size: int = flag(66, "examples per step")
-    learning_rate: float = flag(3e-3, "peak learning rate; 1e-4 to 3e-4 suits a real Llama")
-    warmup: float = flag(0.03, "share of the steps in which the learning rate rises")
+    steps: int = flag(1500, "optimizer steps", least=1)
+    batch_size: int = flag(66, "examples per step", least=1)
+    learning_rate: float = flag(3e-3, "peak learning rate; 1e-4 to 3e-4 suits a real Llama", least=1e-12)
+    warmup: float = flag(0.03, "share of the steps in which the learning rate rises", below=1)
     weight_decay: float = flag(0.0, "weight decay of AdamW")
-    clip: float = flag(1.0, "largest gradient norm")
+    clip: float = flag(1.0, "largest gradient norm", least=1e-12)
     max_tokens: int = flag(4096, "padded tokens per micro-batch: lower it to save memory, the result stays "
-                                 "the same")
+                                 "the same", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a "
                                       "third more time")
     compile: bool = flag(False, "torch.compile every block, which takes up to a minute once")
-    device: str = flag("auto", "cuda or cpu; auto: cuda if there is one")
+    device: str = flag("auto", "cuda or cpu; auto: cuda if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("auto", "of the base: float32 or bfloat16; auto: bfloat16 on CUDA, unless "
-                              "--method=full, float32 otherwise")
+                              "--method=full, float32 otherwise", choices=("auto", "float32", "bfloat16"))
     seed: int = flag(0, "seed of adapters, data order, dropout and sampling")
     deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an "
                                       "error; the CPU's do anyway")
-    log_every: int = flag(10, "write a line of log.jsonl every so many steps")
+    log_every: int = flag(10, "write a line of log.jsonl every so many steps", least=1)
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: only where the run ends or is "
                                "stopped")
     stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to "
@@ -119,36 +100,32 @@ class Config:
     resume: bool = flag(False, "continue from out_dir/checkpoint.pt; start if there is none")
     prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for "
                            "itself")
-    max_new_tokens: int = flag(64, "longest answer of --mode=sample")
+    max_new_tokens: int = flag(64, "longest answer of --mode=sample", least=1)
     temperature: float = flag(0.0, "of --mode=sample; 0 is greedy")
     top_k: int = flag(0, "of --mode=sample: choose among the k likeliest tokens; 0: all")
-    methods: tuple = flag(("none", "lora", "moelora", "hydralora", "teamlora", "full"), "of --mode=compare: "
-                          "what to compare; all: with the ablations and other sizes")
-    seeds: tuple = flag((0, 1, 2, 3, 4), "of --mode=compare: seeds; the learning rate is chosen with the "
-                        "first")
-    learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "of --mode=compare: to choose from on validation "
-                                 "questions; where the best is at the edge, the next beyond it is tried too")
-    reference: str = flag("lora", "of --mode=compare: the one of the methods to which differences are taken")
-    plot: bool = flag(False, "of compare and shapley: draw pictures into out_dir, with matplotlib")
-    export: str = flag("", "write out_dir/adapter.pt merged into its base to this new folder, in Hugging "
-                           "Face's layout and --dtype, and end; with --method=none the base alone")
-    size: str = flag("smollm2-135m", "of --mode=bench without --init_from: random weights of this size; a "
-                                     "wrong name lists all")
-    bench: tuple = flag(("2", "4", "8", "spread", "growth"), "what --mode=bench times: all methods with "
-                        "these numbers of experts; the spread over E at one E*r; the growth with tokens, "
-                        "layers, r and E")
-    bench_layers: int = flag(0, "of --mode=bench: use only so many layers; 0: all")
-    bench_rounds: int = flag(5, "of --mode=bench: how often every method takes its turn")
-    base_steps: int = flag(2800, "built-in base: training steps")
-    base_batch_size: int = flag(12, "built-in base: texts of the corpus per step")
-    base_learning_rate: float = flag(0.02, "built-in base: peak learning rate of Muon; AdamW on the "
-                                           "embedding takes 0.15 of it")
-    base_layers: int = flag(4, "built-in base: layers")
-    base_width: int = flag(128, "built-in base: width, in heads of 32")
-    base_seed: int = flag(1, "built-in base: seed, apart from --seed so that runs share one base")
+
+    def check(self):
+        """Refuse settings that cannot work together, before anything is read or written."""
+        super().check()
+        needed = data.padded_length(data.Example("", range(self.max_length), 0), 8)
+        if self.max_tokens < needed:
+            raise InputError(f"--max_tokens={self.max_tokens} cannot hold a row of --max_length="
+                             f"{self.max_length}, which padding makes {needed}; lower that too")
+        if self.max_tokens < 512 and not self.data:
+            raise InputError(f"--max_tokens={self.max_tokens} cannot hold the built-in texts; give at least "
+                             "512")
+        if not self.out_dir or Path(self.out_dir).is_file():
+            raise InputError(f"--out_dir must be a folder, not '{self.out_dir}'")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to "
+                             "run on the CPU")
+        if self.val_data and not self.data:
+            raise InputError("--val_data needs --data")
+        data.read_template(self.template)
 
     @property
     def adapter(self):
+        """The adapter's settings alone."""
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
 
 
@@ -157,11 +134,9 @@ class Config:
 PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropout": 0.05, "balance": 0.0,
          "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03,
          "weight_decay": 0.0, "max_length": 1024}
-# settings of a whole comparison, which shape none of its runs; the base's fingerprint stands for init_from
-OF_COMPARISON = ("methods", "seeds", "learning_rates", "reference", "plot", "init_from")
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
-OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device", "export")
-OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "template")
+OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
+OF_ADAPTER = (*(f.name for f in fields(AdapterConfig)), "template")
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing",
                   "compile", "device", "out_dir")
 
@@ -171,7 +146,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def parse_flags(argv):
+def parse_flags(argv, config=Config, skip=()):
     """Command line -> {name: value} of what the user wrote, no more: so it can override a checkpoint's."""
     def boolean(text):
         if text.lower() not in ("true", "false"):
@@ -184,10 +159,13 @@ def parse_flags(argv):
         values.__name__ = f"list of {kind.__name__}"             # argparse names it in its errors
         return values
 
-    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[1], allow_abbrev=False,
+    about = sys.modules[config.__module__].__doc__.split("\n\n")
+    parser = Parser(description="\n\n".join(about[:2]), allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
+    for f in fields(config):
         kind = type(f.default)
+        if f.name in skip:
+            continue
         shown = ",".join(map(str, f.default)) if kind is tuple else f.default
         options = {"nargs": "?", "const": True, "type": boolean} if kind is bool else {
             "type": listed(type(f.default[0])) if kind is tuple else kind}
@@ -196,67 +174,38 @@ def parse_flags(argv):
     return vars(parser.parse_args(argv))
 
 
-def check(cfg):
-    """Refuse settings that cannot work, before anything is read or written."""
-    for name, allowed in (("mode", tuple(MODES)), ("device", ("auto", "cpu", "cuda")),
-                          ("dtype", ("auto", "float32", "bfloat16")), ("size", tuple(SIZES))):
-        if getattr(cfg, name) not in allowed:
-            raise InputError(f"--{name} must be one of {', '.join(allowed)}, not '{getattr(cfg, name)}'")
-    for name in ("rank", "n_experts", "steps", "batch_size", "max_tokens", "max_length", "log_every",
-                 "base_steps", "base_batch_size", "base_layers", "base_width", "max_new_tokens",
-                 "bench_rounds"):
-        if getattr(cfg, name) < 1:
-            raise InputError(f"--{name} must be at least 1, not {getattr(cfg, name)}")
-    for name, value in asdict(cfg).items():
-        if type(value) is int and value >= 2 ** 31:
-            raise InputError(f"--{name} must be below 2147483648, not {value}")
-    for name in ("learning_rate", "base_learning_rate", "clip", "alpha"):
-        if not 0 < getattr(cfg, name) < math.inf:
-            raise InputError(f"--{name} must be positive, not {getattr(cfg, name)}")
-    for name in ("dropout", "warmup", "val_share"):
-        if not 0 <= getattr(cfg, name) < 1:
-            raise InputError(f"--{name} must lie in [0, 1), not {getattr(cfg, name)}")
-    for name in ("balance", "weight_decay", "temperature", "top_k", "val_examples", "save_every",
-                 "stop_after", "bench_layers", "seed", "base_seed"):
-        if not 0 <= getattr(cfg, name) < math.inf:
-            raise InputError(f"--{name} must not be negative, not {getattr(cfg, name)}")
-    needed = data.padded_length(data.Example("", range(cfg.max_length), 0), 8)
-    if cfg.max_tokens < needed:
-        raise InputError(f"--max_tokens={cfg.max_tokens} cannot hold a row of --max_length={cfg.max_length}, "
-                         f"which padding makes {needed}; lower that too")
-    if cfg.max_tokens < 512 and cfg.mode != "bench" and not (cfg.init_from and cfg.data):
-        raise InputError(f"--max_tokens={cfg.max_tokens} cannot hold the built-in texts; give at least 512")
-    if not cfg.out_dir or Path(cfg.out_dir).is_file():
-        raise InputError(f"--out_dir must be a folder, not '{cfg.out_dir}'")
-    if cfg.base_width % 32:
-        raise InputError(f"--base_width must be a multiple of 32, not {cfg.base_width}")
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to run on "
-                         "the CPU")
-    for name in ("seeds", "learning_rates"):
-        values = getattr(cfg, name)
-        if len(set(values)) < len(values) or not all(0 <= x < 2 ** 31 for x in values):
-            raise InputError(f"--{name} must be distinct, from 0 to 2147483647, not {getattr(cfg, name)}")
-    if cfg.mode == "train" and cfg.method == "none":
-        raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
-    if bool(cfg.export) != (cfg.mode == "export"):
-        raise InputError("--export=FOLDER is a mode of its own: give it without --mode, and a folder with it")
-    if cfg.export and Path(cfg.export).exists():
-        raise InputError(f"--export={cfg.export} exists already; name a new folder")
-    if bad := [g for g in cfg.bench if g not in ("spread", "growth") and not (g.isdecimal() and int(g))]:
-        raise InputError(f"--bench takes numbers of experts, spread and growth, not '{bad[0]}'")
-    if cfg.val_data and not cfg.data:
-        raise InputError("--val_data needs --data")
-    data.read_template(cfg.template)
-    if RANKS > 1 and cfg.mode not in ("train", "eval"):
-        raise InputError(f"--mode={cfg.mode} runs in one process: start it with python, not torchrun")
-    if cfg.batch_size < RANKS:
-        raise InputError(f"--batch_size={cfg.batch_size} leaves some of {RANKS} processes without an example")
-    cfg.adapter                                  # validates method and targets
-    return cfg
+def compose(given, config=Config):
+    """Flags -> (configuration, the file of out_dir that it goes on from, or None).
+
+    Defaults, then what the file says, then the flags; InputError if a flag contradicts the file.
+    """
+    given = (PAPER if given.get("paper") else {}) | given
+    mode, out = given.get("mode", config.mode), Path(given.get("out_dir", config.out_dir))
+    if (not given.get("resume") if mode == "train" else given.get("method") == "none"):
+        return config(**given), None
+    path = out / ("checkpoint.pt" if mode == "train" else "adapter.pt")
+    if mode == "train" and out.is_dir():
+        lock(out.resolve())  # before a checkpoint is read that another run may be about to replace
+    saved = read_checkpoint(path) if mode == "train" else read_saved(path)
+    if not saved:
+        print(f"nothing to resume in {out} yet: starting")
+        return config(**given), None
+    for name, value in given.items():
+        fixed = name not in FREE_ON_RESUME if mode == "train" else name in OF_ADAPTER
+        if fixed and saved["config"].get(name, value) != value:
+            raise InputError(f"--{name}={value} contradicts {path}, which was made with "
+                             f"{saved['config'][name]}")
+    if mode != "train":                          # an adapter may be a stranger's: no path in it is followed
+        for name in ("init_from", "data", "val_data")[:3 if mode == "eval" else 1]:
+            if name not in given and saved["config"][name]:
+                raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
+                                 "too, for no path in a file is followed")
+    kept = {k: v for k, v in saved["config"].items() if k not in OF_CALL}
+    return config(**kept | given), saved
 
 
 def device_and_dtype(cfg):
+    """Where a run computes, and the dtype of its base."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     # full training needs fp32 weights: bf16 optimizer steps below 1/256 of a weight are lost
     auto = "bfloat16" if device == "cuda" and cfg.method != "full" else "float32"
@@ -269,13 +218,11 @@ RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def join_processes(device):
-    """Wait for the others, up to an hour: process 0 makes the built-in base first. Then sums go over all."""
+    """Meet the other processes; from here on sums go over all of them."""
     if RANKS > 1:
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backends = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backends, timeout=timedelta(hours=1))
-        dist.barrier()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
 
 
 def own_share(examples):
@@ -292,7 +239,7 @@ def sum_over_processes(*tensors):
             t.copy_(total.view_as(t))
 
 
-# ---- Training
+# ---- The training step
 
 def schedule(step, steps, warmup):
     """Share of the peak learning rate: linear warm-up, then a cosine down to 0."""
@@ -302,67 +249,79 @@ def schedule(step, steps, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - n_warmup) / max(1, steps - n_warmup)))
 
 
-def make_optimizers(model, cfg):
-    """AdamW over everything that requires a gradient."""
-    return [torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=cfg.learning_rate,
-                              betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)]
+def trained(model):
+    """name -> parameter of what is trained: the adapters, or with method=full everything."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def make_base_optimizers(model, cfg):
-    """Muon for the matrices inside the base, AdamW for embedding and norms: under AdamW alone it learns too
-    slowly to copy lists, let alone to look things up, within minutes."""
-    inner = [p for name, p in model.named_parameters() if p.dim() == 2 and "embed_tokens" not in name]
-    outer = [p for name, p in model.named_parameters() if p.dim() != 2 or "embed_tokens" in name]
-    return [torch.optim.Muon(inner, lr=cfg.base_learning_rate, weight_decay=0.1),
-            torch.optim.AdamW(outer, lr=0.15 * cfg.base_learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
-                              fused=True)]
-
-
-def step_usage(model, batches):
-    """Mean weight of each expert over all tokens of a step (L, E), without gradient, and their number."""
-    with torch.no_grad():
-        parts = [(mean_usage(model.hidden(x, want_routing=True)[1], m), m.sum()) for x, _, m in batches]
-    total, n = sum(u * n for u, n in parts), sum(n for _, n in parts)
-    sum_over_processes(total)
-    sum_over_processes(n)
-    return total / n, n
-
-
-def accumulate_gradients(model, batches, balance=0.0):
-    """Add the gradient of a step's loss, however cut into micro-batches; returns (loss, supervised tokens).
-
-    loss = sum over supervised tokens / their number + balance * balance_loss(mean usage of the step). The
-    balance term is no sum over micro-batches, but its gradient is: with the step's usage u known from a pass
-    without gradient, d balance_loss = sum_tokens <d balance_loss / d u, d w> / tokens. That pass is the
-    price of balance > 0. Under torchrun `batches` are this process's share; step, loss and gradient are
-    those of all shares together.
-    """
-    n = queued(sum((y >= 0).sum() for _, y, _ in batches), batches[0][0].device)
-    sum_over_processes(n)
-    slope, total, term = None, torch.zeros((), device=n.device), 0.0
-    if balance > 0:
-        usage, n_tokens = step_usage(model, batches)
-        term = balance * balance_loss(usage.requires_grad_())
-        slope, = torch.autograd.grad(term, usage)                                    # (L, E)
-        term = term.detach()
-    for x, y, m in batches:
-        hidden, routing = model.hidden(x, want_routing=slope is not None)
-        loss = model.token_losses(hidden, y)[0].sum() / n
-        total = total + loss.detach()
-        if slope is not None:
-            loss = loss + (slope * mean_usage(routing, m)).sum() * m.sum().to(slope.dtype) / n_tokens
-        loss.backward()
-    # not DistributedDataParallel: it averages over processes where this must sum, works through forward(),
-    # which this loss does not take, and sends after every micro-batch. Here gradients travel once a step.
-    sum_over_processes(total, *(p.grad for p in model.parameters() if p.requires_grad))
-    return total + term, n
+def make_optimizer(model, cfg):
+    """AdamW over everything that is trained."""
+    return torch.optim.AdamW(trained(model).values(), lr=cfg.learning_rate, betas=(0.9, 0.99),
+                             weight_decay=cfg.weight_decay, fused=True)
 
 
 def to_device(batch, device):
     """A micro-batch where the model is. Targets stay: finding supervised ones on a GPU stalls the loop."""
-    x, y, m = batch
-    return queued(x, device), y, queued(m, device)
+    x, y, mask = batch
+    return queued(x, device), y, queued(mask, device)
 
+
+def balance_term(model, batches, weight):
+    """weight * balance_loss of a whole step, and pull(weights, mask): a micro-batch's share of its gradient.
+
+    The term is no sum over micro-batches, but its gradient is: with the step's mean usage u known from a pass
+    without gradient, d term = sum over tokens of <d term / d u, d w> / tokens. That pass is the price.
+    """
+    usage = n = 0
+    with torch.no_grad():
+        for x, _, mask in batches:
+            with collected_weights(model) as weights:
+                model.hidden(x)
+            usage = usage + mean_usage(torch.stack(weights), mask) * mask.sum()
+            n = n + mask.sum()
+    sum_over_processes(usage)
+    sum_over_processes(n)
+    usage = (usage / n).requires_grad_()                                             # (L, E)
+    term = weight * balance_loss(usage)
+    slope, = torch.autograd.grad(term, usage)
+
+    def pull(weights, mask):
+        return (slope * mean_usage(torch.stack(weights), mask)).sum() * mask.sum() / n
+    return term.detach(), pull
+
+
+def training_step(model, batches, optimizer, clip=1.0, balance=0.0):
+    """One optimizer step on micro-batches of (tokens, targets, mask), each (B, T); returns its numbers as
+    0-dim tensors: loss, norm (of the gradient), supervised and all tokens, bad (not finite: nothing changed).
+
+    The loss is a sum over all supervised tokens / their number, however the step is cut, plus the balance
+    term. Under torchrun `batches` are this process's share; loss and gradient are those of all together.
+    """
+    supervised = queued(sum((y >= 0).sum() for _, y, _ in batches), batches[0][0].device)
+    sum_over_processes(supervised)
+    term, pull = balance_term(model, batches, balance) if balance else (0.0, None)
+    loss = 0.0
+    for x, y, mask in batches:
+        with collected_weights(model) if balance else nullcontext() as weights:
+            losses, _ = model(x, y)                                                  # (N,)
+        part = losses.sum() / supervised
+        loss = loss + part.detach()
+        (part + pull(weights, mask) if balance else part).backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    # not DistributedDataParallel: it averages over processes where this must sum, and sends after every
+    # micro-batch. Here gradients travel once a step.
+    sum_over_processes(loss, *(p.grad for p in parameters))
+    loss = loss + term                           # every process has all of it
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip)
+    bad = ~(norm.isfinite() & loss.isfinite())
+    optimizer.found_inf = bad.float()            # where it is 1, fused AdamW does nothing, and nobody waits
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {"loss": loss, "norm": norm, "supervised": supervised, "bad": bad,
+            "tokens": sum(mask.sum() for *_, mask in batches)}
+
+
+# ---- The loop around it: when to log, to save, to stop
 
 MOST_SKIPPED = 20                                # steps in a row that may be skipped before the run gives up
 
@@ -407,89 +366,100 @@ def attempt(write, *args):
     return True
 
 
-def fit(model, step_batches, optimizers, cfg, steps, *,
-        name="train", resumed=None, log=None, save=None, stopped=()):
-    """Train for `steps` steps. step_batches: step -> micro-batches; optimizers hold their peak rates.
+class Progress:
+    """What a run has done. Counters stay on the device: reading one waits for the GPU."""
 
-    log(record) gets a dict at every logged step, save(optimizers, totals) is called when a checkpoint is due,
-    resumed is what it saved. Returns totals: step, seconds, tokens (without padding), skipped steps. Raises
-    KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds something.
-    """
-    device = next(model.parameters()).device
-    parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-    assert set(map(id, parameters)) == {id(p) for p in model.parameters() if p.requires_grad}
-    peaks = [group["lr"] for o in optimizers for group in o.param_groups]
-    totals = {"step": 0, "seconds": 0.0, "tokens": 0, "skipped": 0}
-    if resumed:
-        totals = dict(resumed["totals"])
-        for optimizer, state in zip(optimizers, resumed["optimizers"]):
-            optimizer.load_state_dict(state)
-    end = min(steps, cfg.stop_after) if cfg.stop_after else steps
-    earlier, begun = totals, time.perf_counter() - totals["seconds"]
-    tokens, skipped, in_a_row = torch.zeros(3, dtype=torch.long, device=device)  # of this process and call
+    def __init__(self, device, before=None):
+        self.before = before or {"step": 0, "seconds": 0.0, "tokens": 0, "skipped": 0}
+        self.begun = time.perf_counter() - self.before["seconds"]
+        self.tokens, self.skipped, self.in_a_row = torch.zeros(3, dtype=torch.long, device=device)
 
-    def totals_after(step):
-        """Reading the counters waits for the GPU, which the loop does only where it logs or saves."""
-        n = tokens.clone()
+    def add(self, numbers):
+        """Count a step by what training_step returned."""
+        self.tokens += numbers["tokens"]
+        self.skipped += numbers["bad"]
+        self.in_a_row += 1
+        self.in_a_row *= numbers["bad"]
+
+    def totals(self, step):
+        """step, seconds, tokens (without padding), skipped (steps) since the run first began."""
+        n = self.tokens.clone()
         sum_over_processes(n)
-        return {"step": step, "seconds": time.perf_counter() - begun, "tokens": earlier["tokens"] + int(n),
-                "skipped": earlier["skipped"] + int(skipped)}
+        return {"step": step, "seconds": time.perf_counter() - self.begun,
+                "tokens": self.before["tokens"] + int(n),
+                "skipped": self.before["skipped"] + int(self.skipped)}
 
+
+def report(bar, log, numbers, totals, rate):
+    """Show a step on the progress bar and give log a line of log.jsonl."""
+    line = {"step": totals["step"], "loss": float(numbers["loss"]), "learning_rate": rate,
+            "gradient_norm": float(numbers["norm"]), "supervised_tokens": int(numbers["supervised"]),
+            "tokens_per_second": round(totals["tokens"] / totals["seconds"]), "skipped": totals["skipped"],
+            "seconds": round(totals["seconds"], 2)}
+    bar.set_postfix_str("loss {loss:.3f}, {tokens_per_second:,} tokens/s".format(**line), refresh=False)
+    if log:
+        attempt(log, line)
+
+
+@contextmanager
+def rescued(model, optimizer, save, progress, step):
+    """If a step runs out of memory, nothing has changed since the one before it: save that first."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        model.zero_grad(set_to_none=True)
+        if save and RANKS == 1 and attempt(save, optimizer, progress.totals(step)):
+            tqdm.write(f"out of memory; saved after step {step}")
+        raise
+
+
+def fit(model, step_batches, optimizer, cfg, steps, *,
+        name="train", resumed=None, log=None, save=None, stopped=()):
+    """Train for `steps` steps. step_batches: step -> micro-batches; the optimizer holds its peak rates.
+
+    log(record) gets a dict at every logged step, save(optimizer, totals) is called when a checkpoint is due,
+    resumed is what it saved. Returns Progress.totals. Raises KeyboardInterrupt, after saving, at stop_after
+    or once `stopped` (see held_signals) holds something.
+    """
+    assert {p for group in optimizer.param_groups for p in group["params"]} == set(trained(model).values())
+    for group in optimizer.param_groups:
+        group["peak"] = group["lr"]
+    if resumed:
+        optimizer.load_state_dict(resumed["optimizer"])
+    device = next(model.parameters()).device
     balance = cfg.balance if adapter_layers(model) else 0.0
+    progress = Progress(device, resumed and resumed["totals"])
+    first, end = progress.before["step"], min(steps, cfg.stop_after or steps)
+    totals, signalled = progress.before, False
     model.train()
-    signalled = False
-    bar = tqdm(range(totals["step"], end), initial=totals["step"], total=end, desc=name, unit="step",
-               dynamic_ncols=True, mininterval=1)
+    bar = tqdm(range(first, end), initial=first, total=end, desc=name, unit="step", dynamic_ncols=True,
+               mininterval=1)
     for step in bar:
         torch.manual_seed(random.Random(f"dropout {cfg.seed} {step} {RANK}").getrandbits(63))
-        batches = [to_device(b, device) for b in step_batches(step)]
         share = schedule(step, steps, cfg.warmup)
-        for group, peak in zip((g for o in optimizers for g in o.param_groups), peaks):
-            group["lr"] = peak * share
-        try:
-            loss, supervised = accumulate_gradients(model, batches, balance)
-        except torch.OutOfMemoryError:           # nothing has changed since the step before
-            model.zero_grad(set_to_none=True)
-            if save and RANKS == 1 and attempt(save, optimizers, totals_after(step)):
-                tqdm.write(f"out of memory; saved after step {step}")
-            raise
-        norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip)
-        bad = ~(norm.isfinite() & loss.isfinite())
-        for optimizer in optimizers:
-            if optimizer.defaults.get("fused"):
-                optimizer.found_inf = bad.float()  # where it is 1, AdamW does nothing, and nobody waits
-                optimizer.step()
-            elif not bad:                        # Muon cannot skip by itself
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        tokens += sum(m.sum() for *_, m in batches)
-        skipped += bad
-        in_a_row += 1
-        in_a_row *= bad
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share
+        batches = [to_device(b, device) for b in step_batches(step)]
+        with rescued(model, optimizer, save, progress, step):
+            numbers = training_step(model, batches, optimizer, cfg.clip, balance)
+        progress.add(numbers)
         log_due = (step + 1) % cfg.log_every == 0 or step + 1 == steps
         save_due = step + 1 == end or (cfg.save_every and (step + 1) % cfg.save_every == 0)
         signalled = stopped_anywhere(stopped)    # torchrun kills what has not ended 30 s after a signal
         if not (log_due or save_due or signalled):
             continue
-        totals = totals_after(step + 1)
-        stopping = signalled or step + 1 == end < steps
+        totals = progress.totals(step + 1)
         if log_due:
-            rate = round(totals["tokens"] / totals["seconds"])
-            bar.set_postfix_str(f"loss {float(loss):.3f}, {rate:,} tokens/s", refresh=False)
-            if log:
-                attempt(log, {"step": step + 1, "loss": float(loss), "learning_rate": peaks[0] * share,
-                              "gradient_norm": float(norm), "supervised_tokens": int(supervised),
-                              "tokens_per_second": rate, "skipped": totals["skipped"],
-                              "seconds": round(totals["seconds"], 2)})
-        hopeless = int(in_a_row) >= MOST_SKIPPED
+            report(bar, log, numbers, totals, optimizer.param_groups[0]["lr"])
+        stopping, hopeless = signalled or step + 1 == end < steps, int(progress.in_a_row) >= MOST_SKIPPED
         if save and stopping:
-            save(optimizers, totals)             # there is no next time: if it fails, so does the run
+            save(optimizer, totals)              # there is no next time: if it fails, so does the run
         elif save and (hopeless or save_due):
-            attempt(save, optimizers, totals)
+            attempt(save, optimizer, totals)
         if hopeless:
-            raise InputError(f"{int(in_a_row)} steps in a row up to step {step + 1} had a loss or gradient "
-                             "that is not finite; they changed nothing. Lower --learning_rate, or look for "
-                             "bad numbers in the base")
+            raise InputError(f"{int(progress.in_a_row)} steps in a row up to step {step + 1} had a loss or "
+                             "gradient that is not finite; they changed nothing. Lower --learning_rate, or "
+                             "look for bad numbers in the base")
         if stopping:
             break
     if totals["step"] < steps or signalled:
@@ -500,49 +470,43 @@ def fit(model, step_batches, optimizers, cfg, steps, *,
 # ---- Evaluation
 
 @torch.no_grad()
-def evaluate(model, split, max_tokens, name="evaluate"):
-    """task -> {accuracy, loss, tokens, weights, entropy, usage} of all its examples, always the same ones.
+def evaluate(model, split, max_tokens, name="evaluate", each=None):
+    """task -> {accuracy, loss, tokens, usage} over all its examples, always the same ones.
 
     accuracy: share of examples whose whole answer greedy decoding would produce; loss: mean over supervised
-    tokens; weights (N, L, E): mean weight of each expert over an example's tokens; entropy: of a token's
-    weights, in bits, mean over layers and tokens; usage: mean weight of each expert over layers and tokens (E
-    numbers), empty where nothing routes. Under torchrun every process takes its share of each task, and all
-    return the same, save `weights`.
+    tokens, of which there are `tokens`; usage: mean weight of each expert over layers and tokens, E numbers,
+    none where nothing is adapted. each(task, routing (L, B, T, E), mask (B, T)) may look at every
+    micro-batch. Under torchrun every process takes its share of each task, and all return the same.
     """
     model.eval()
     device, results = next(model.parameters()).device, {}
-    routed = bool(adapter_layers(model))
+    adapted = bool(adapter_layers(model))
     shares = {task: own_share(examples) for task, examples in split.items()}
     with tqdm(total=sum(map(len, shares.values())), desc=name, unit="example", dynamic_ncols=True,
               mininterval=1) as bar:
         for task, examples in shares.items():
-            # hits, loss, supervised tokens, all tokens, bits, experts' weights: a task waits for the GPU once
-            sums = torch.zeros(5 + model.adapter.n_experts * routed, dtype=torch.float64, device=device)
-            weights = []
+            # right answers, loss, supervised tokens, all tokens, weights: a task waits for the GPU once
+            sums = torch.zeros(4 + model.adapter.n_experts * adapted, dtype=torch.float64, device=device)
             for batch in data.cut(examples, max_tokens):
-                x, y, m = to_device(data.collate(batch), device)
-                hidden, routing = model.hidden(x, want_routing=routed)
-                losses, hit = model.token_losses(hidden, y)
+                x, y, mask = to_device(data.collate(batch), device)
+                with collected_weights(model) if adapted else nullcontext() as weights:
+                    losses, hits = model(x, y)                                       # (N,) both
                 row = queued((y >= 0).nonzero()[:, 0], device)                       # (N,)
-                misses = torch.zeros(len(batch), device=device).index_add_(0, row, (~hit).float())
+                misses = torch.zeros(len(batch), device=device).index_add_(0, row, (~hits).float())
                 sums[0] += (misses == 0).sum()
                 sums[1] += losses.sum()
                 sums[2] += losses.numel()
-                if routed:                       # (L, B, T, E)
-                    sums[3] += m.sum()
-                    sums[4] += (entropy(distribution(routing)).mean(0) * m).sum()
-                    sums[5:] += mean_usage(routing, m).mean(0) * m.sum()
-                    per_example = (routing * m[..., None]).sum(2) / m.sum(1)[:, None]    # (L, B, E)
-                    weights.append(per_example.transpose(0, 1))                          # (B, L, E)
+                if adapted:
+                    routing = torch.stack(weights)                                   # (L, B, T, E)
+                    sums[3] += mask.sum()
+                    sums[4:] += mean_usage(routing, mask).mean(0) * mask.sum()
+                    if each:
+                        each(task, routing, mask)
                 bar.update(len(batch))
             sum_over_processes(sums)
-            hits, loss, supervised, tokens, bits, *usage = sums.tolist()
-            results[task] = {"accuracy": hits / len(split[task]), "loss": loss / supervised,
+            right, loss, supervised, tokens, *usage = sums.tolist()
+            results[task] = {"accuracy": right / len(split[task]), "loss": loss / supervised,
                              "tokens": int(supervised), "usage": [u / tokens for u in usage]}
-            if routed:
-                results[task]["entropy"] = bits / tokens
-            if weights:                          # of this process's share, which may be empty
-                results[task]["weights"] = torch.cat(weights).cpu()
     return results
 
 
@@ -627,7 +591,7 @@ def read_checkpoint(path):
     paths = [p for p in (path, previous(path)) if p.is_file()]
     for p in paths:
         try:
-            return read_saved(p, "optimizers", "totals")
+            return read_saved(p, "optimizer", "totals", "before", "rows", "log_bytes")
         except InputError as e:
             if p == paths[-1]:
                 raise
@@ -638,7 +602,7 @@ def read_saved(path, *more):
     """A checkpoint or adapter file, which must also hold `more`. Settings that it lacks are the defaults."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train first, or point --out_dir to where it lies")
-    saved, default = read_pickle(path), asdict(Config())
+    saved, default = read_pickle(path), {f.name: f.default for f in fields(Config)}
     try:
         config = default | saved["config"] | {"targets": tuple(saved["config"]["targets"])}
         odd = [k for k in config if k not in default or type(config[k]) is not type(default[k])]
@@ -647,8 +611,8 @@ def read_saved(path, *more):
     except (LookupError, TypeError, AttributeError) as e:
         odd = [e]
     if odd:
-        raise InputError(f"{path}: not written by train.py: {odd[0]} is missing, unknown, of another type or "
-                         "not finite")
+        raise InputError(f"{path}: not written by this train.py (an earlier one?): {odd[0]} is missing, "
+                         "unknown, of another type or not finite")
     return saved | {"config": config}
 
 
@@ -682,62 +646,23 @@ class Log:
 def lock(folder):
     """Keep other runs out of a folder until this process ends, however it ends; InputError names the holder.
 
-    SQLite's lock is the kernel's, on every system: a killed run leaves no stale one, just a file.
+    The lock is the kernel's: a killed run leaves none, just a file. Windows has no such call, so no guard.
     """
-    held = sqlite3.connect(folder / "lock", timeout=0, isolation_level=None)
     try:
-        held.execute(f"PRAGMA user_version = {os.getpid()}")     # committed, so that others can read it
-        held.execute("BEGIN IMMEDIATE")
-    except sqlite3.Error as e:
-        if "locked" not in str(e):
-            raise InputError(f"{folder}/lock: {e}; can the folder be written?") from None
-        pid, = held.execute("PRAGMA user_version").fetchone()
-        raise InputError(f"{folder} is in use by process {pid}; wait for it, or choose another "
+        import fcntl
+    except ImportError:
+        return None
+    held = open(folder / "lock", "a+")
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.seek(0)
+        raise InputError(f"{folder} is in use by process {held.read()}; wait for it, or choose another "
                          "--out_dir") from None
-    return held
-
-
-def compose(given):
-    """Flags -> (Config, saved file or None): defaults, then what the file says, then the command line.
-
-    Raises InputError if a flag contradicts the file.
-    """
-    if given.get("paper"):
-        given = PAPER | given
-    if given.get("export"):
-        given = {"mode": "export"} | given
-    made = [name for name in given if name.startswith("base_")]
-    if made and given.get("init_from"):
-        raise InputError(f"--{made[0]} is about the built-in base, but --init_from={given['init_from']} "
-                         "takes another")
-    cfg = check(Config(**given))
-    if cfg.mode in ("compare", "bench") or given.get("method") == "none":
-        return cfg, None
-    path = Path(cfg.out_dir) / ("checkpoint.pt" if cfg.mode == "train" else "adapter.pt")
-    if RANK == 0 and cfg.mode == "train" and (path.parent / "lock").exists():
-        lock(path.parent.resolve())  # before a checkpoint is read that another run may be about to replace
-    saved = read_checkpoint(path) if cfg.mode == "train" else read_saved(path)
-    if cfg.mode == "train" and not cfg.resume:
-        if saved and saved["totals"]["step"] < saved["config"]["steps"]:
-            raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of "
-                             "a run that has not ended: continue it with --resume, delete it, or choose "
-                             "another --out_dir")
-        return cfg, None
-    if not saved:
-        print(f"nothing to resume in {cfg.out_dir} yet: starting")
-        return cfg, None
-    for name, value in given.items():
-        fixed = name not in FREE_ON_RESUME if cfg.mode == "train" else name in OF_ADAPTER
-        if fixed and saved["config"][name] != value:
-            raise InputError(f"--{name}={value} contradicts {path}, which was made with "
-                             f"{saved['config'][name]}")
-    if cfg.mode != "train":                      # an adapter may be a stranger's: no path in it is followed
-        for name in ("init_from", "data", "val_data")[:3 if cfg.mode in ("eval", "shapley") else 1]:
-            if name not in given and saved["config"][name]:
-                raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
-                                 "too, for no path in a file is followed")
-    kept = {k: v for k, v in saved["config"].items() if k not in given and k not in OF_CALL}
-    return check(replace(cfg, **kept)), saved
+    held.truncate(0)
+    held.write(str(os.getpid()))
+    held.flush()
+    return held                                  # kept by the cache, so that it stays open
 
 
 # ---- The parts of a run
@@ -750,73 +675,9 @@ def adapter_content(cfg, base, model):
     return {"config": config, "fingerprint": base, "parameters": parameter_state(trained(model))}
 
 
-def checkpoint_content(cfg, base, model, optimizers, totals):
+def checkpoint_content(cfg, base, model, optimizer, totals):
     """What continuing needs: no random state, for a step's examples and dropout follow from (seed, step)."""
-    return adapter_content(cfg, base, model) | {"optimizers": [o.state_dict() for o in optimizers],
-                                                "totals": dict(totals)}
-
-
-def make_base(cfg, device):
-    """The small base model, made once: out_dir/base, an ordinary Llama folder, made_from.json beside it."""
-    folder = Path(cfg.out_dir) / "base"
-    corpus = data.corpus(cfg.base_seed)
-    recipe = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name.startswith("base_")}
-    recipe["corpus"] = data.digest(corpus(i).output for i in range(0, 2 * data.N_LESSONS, 100))
-    if (folder / "made_from.json").is_file() and read_json(folder / "made_from.json") == recipe:
-        print(f"base: {folder}, made before")
-        return
-    temporary = Path(f"{folder}.tmp")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock(folder.parent.resolve())
-    made_from = json.dumps(recipe, indent=1) + "\n"
-    checkpoint = temporary / "checkpoint.pt"
-    saved = read_checkpoint(checkpoint)
-    if saved and saved["fingerprint"] != made_from:
-        saved = None
-    if not saved:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        with held_signals() as stopped:  # sentencepiece would make its own error of a KeyboardInterrupt
-            texts = map(corpus, range(data.N_LESSONS, data.N_LESSONS + 5000))
-            data.make_tokenizer(temporary / "tokenizer.model", texts)
-        if stopped:
-            raise KeyboardInterrupt
-    tokenizer = data.Tokenizer(temporary / "tokenizer.model")
-    torch.manual_seed(cfg.base_seed)
-    C = cfg.base_width
-    sizes = LlamaConfig(vocab_size=tokenizer.size, hidden_size=C, intermediate_size=8 * C // 3 // 16 * 16,
-                        num_hidden_layers=cfg.base_layers, num_attention_heads=C // 32,
-                        num_key_value_heads=C // 32, head_dim=32, rope_theta=100.0, tie_word_embeddings=True,
-                        max_position_embeddings=256)
-    model = Llama(sizes, AdapterConfig(method="full")).init_weights(positional=C // 32).to(device)
-    if saved:
-        load_parameters(trained(model), saved["parameters"])
-        print(f"base: continuing {temporary} after {saved['totals']['step']} of {cfg.base_steps} steps")
-    else:
-        n = sum(p.numel() for p in model.parameters())
-        print(f"base: none made with these settings yet; training {n:,} parameters on plain statements for "
-              f"{cfg.base_steps} steps")
-
-    def save(optimizers, totals):
-        content = checkpoint_content(cfg, made_from, model, optimizers, totals)
-        write_atomically(checkpoint, lambda f: torch.save(content, f), previous(checkpoint))
-
-    # the base follows from its recipe alone
-    own = replace(cfg, stop_after=0, warmup=Config.warmup, clip=Config.clip, seed=Config.seed,
-                  balance=Config.balance, batch_size=cfg.base_batch_size)
-    with held_signals() as stopped:
-        batches = step_batches(own, lambda i: data.encode(tokenizer, corpus(i)))
-        fit(model, batches, make_base_optimizers(model, cfg), own, cfg.base_steps, name="base",
-            resumed=saved, save=save, stopped=stopped)
-    save_llama(model, temporary)
-    (temporary / "made_from.json").write_text(made_from)
-    for path in temporary.iterdir():
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())                 # on the disk before the name out/base is
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-    for path in (checkpoint, previous(checkpoint)):
-        (folder / path.name).unlink(missing_ok=True)
+    return adapter_content(cfg, base, model) | {"optimizer": optimizer.state_dict(), "totals": dict(totals)}
 
 
 def read_data(cfg):
@@ -867,26 +728,20 @@ def encode_data(cfg, tokenizer, rows, held_out="test"):
 
 
 def peak_memory_mb():
+    """Most memory at once, of the GPU or else of this process; None on Windows, which does not tell."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return round(torch.cuda.max_memory_allocated() / 2 ** 20)
-    if sys.platform == "win32":                  # which has no resource module
+    if sys.platform == "win32":
         return None
     import resource
     per_mb = 2 ** 10 if sys.platform == "linux" else 2 ** 20
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / per_mb)
 
 
-def trained(model):
-    """name -> parameter of what is trained: the adapters, or with method=full everything."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def prepare(cfg, saved):
+def prepare(cfg, saved=None):
     """(model, tokenizer, fingerprint of the base); the model has the saved adapter if there is one."""
     device, dtype = device_and_dtype(cfg)
-    folder = cfg.init_from or Path(cfg.out_dir) / "base"
-    if cfg.mode == "train" and not cfg.init_from and RANK == 0:
-        make_base(cfg, device)  # alone, so that it is the same base whatever the number of processes
+    folder = cfg.init_from or BUILT_IN_BASE
     join_processes(device)
     torch.manual_seed(cfg.seed)
     model = load_llama(folder, cfg.adapter, device, dtype)
@@ -944,9 +799,21 @@ def print_start(cfg, model, tokenizer, stream):
     print(f"first example, supervised part in [[ ]]: {prompt!r} [[{expected!r} + end of sequence]]")
 
 
+def refuse_to_overwrite(cfg, path):
+    """InputError if there is nothing to train, or if path is the checkpoint of a run that has not ended."""
+    if cfg.method == "none":
+        raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
+    saved = None if cfg.resume else read_checkpoint(path)
+    if saved and saved["totals"]["step"] < saved["config"]["steps"]:
+        raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of a "
+                         "run that has not ended: continue it with --resume, delete it, or choose another "
+                         "--out_dir")
+
+
 def run_train(cfg, saved):
     """Base, data, evaluation before, training and after; writes log.jsonl, adapter.pt and summary.json."""
-    out = Path(cfg.out_dir)
+    out, path = Path(cfg.out_dir), Path(cfg.out_dir) / "checkpoint.pt"
+    refuse_to_overwrite(cfg, path)
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
     stream, split, chance = encode_data(cfg, tokenizer, rows)
@@ -958,22 +825,19 @@ def run_train(cfg, saved):
         lock(out.resolve())
     print_start(cfg, model, tokenizer, stream)
     before = saved["before"] if saved else evaluate(model, split, cfg.max_tokens, "before")
-    for r in before.values():
-        r.pop("weights", None)                   # by example; a checkpoint has no use for them
     if RANK == 0 and not saved:
-        for path in (out / "checkpoint.pt", previous(out / "checkpoint.pt")):
-            path.unlink(missing_ok=True)         # of a run that has ended: a later --resume means this one
+        for old in (path, previous(path)):
+            old.unlink(missing_ok=True)          # of a run that has ended: a later --resume means this one
     log = Log(out / "log.jsonl", saved["log_bytes"] if saved else 0) if RANK == 0 else None
 
-    def save(optimizers, totals):
+    def save(optimizer, totals):
         log.flush(sync=True)                     # a checkpoint is never ahead of the log
-        content = checkpoint_content(cfg, base, model, optimizers, totals) | {
+        content = checkpoint_content(cfg, base, model, optimizer, totals) | {
             "before": before, "rows": rows_digest, "log_bytes": log.size}
-        path = out / "checkpoint.pt"
         write_atomically(path, lambda f: torch.save(content, f), previous(path))
 
     with held_signals() as stopped:
-        totals = fit(model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps,
+        totals = fit(model, step_batches(cfg, stream), make_optimizer(model, cfg), cfg, cfg.steps,
                      resumed=saved, log=log, save=save if RANK == 0 else None, stopped=stopped)
     results = evaluate(model, split, cfg.max_tokens, "after")
     write_atomically(out / "adapter.pt", lambda f: torch.save(adapter_content(cfg, base, model), f))
@@ -1050,673 +914,51 @@ def run_sample(cfg, saved):
 
 
 def run_export(cfg, saved):
-    """Write the base with its adapter merged in, and its tokenizer, as a Hugging Face folder."""
+    """Write base, adapter merged in, and tokenizer as a Hugging Face folder, out_dir/export."""
+    out = Path(cfg.out_dir) / "export"
+    if out.exists():
+        raise InputError(f"{out} exists already; move or delete it")
     model, tokenizer, _ = prepare(cfg, saved)
     merge(model)
-    out = Path(f"{Path(cfg.export)}.tmp")
-    save_llama(model, out)
+    save_llama(model, unfinished := Path(f"{out}.tmp"))
     for file in tokenizer.path.parent.glob("*token*.*"):  # tokenizer.json, special_tokens_map.json, ...
-        shutil.copy(file, out)
-    os.replace(out, cfg.export)
+        shutil.copy(file, unfinished)
+    os.replace(unfinished, out)
     n = sum(p.numel() for p in model.base_parameters().values())
-    print(f"wrote {cfg.export}: {n:,} parameters, method {cfg.method} merged in")
+    print(f"wrote {out}: {n:,} parameters, method {cfg.method} merged in")
 
 
-# ---- The benchmark: whole steps in turns, beside the limit, a step of the frozen base that trains nothing
-
-# the published shapes, for random weights
-SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_word_embeddings=tied)
-         for name, V, C, ffn, layers, H, K, D, theta, tied in (
-             ("smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64, 1e5, True),
-             ("llama3.2-1b", 128256, 2048, 8192, 16, 32, 8, 64, 5e5, True),
-             ("tinyllama-1.1b", 32000, 2048, 5632, 22, 32, 4, 64, 1e4, False),
-             ("llama2-7b", 32000, 4096, 11008, 32, 32, 32, 128, 1e4, False))}
+MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export}
 
 
-class Arm(NamedTuple):
-    """One thing to time. method 'none': frozen base; 'peft': its LoRA of rank E*r; rows: share of all."""
-    method: str
-    n_experts: int
-    rank: int
-    layers: int
-    looped: bool = False
-    rows: float = 1.0
-
-    @property
-    def name(self):
-        names = {"none": "frozen base", "peft": "PEFT's LoRA"}
-        return names.get(self.method, self.method + " looped" * self.looped)
+def start_torch(cfg):
+    """PyTorch's own settings, for all of a run."""
+    torch.set_float32_matmul_precision("high")   # fp32 products in TF32 on a GPU
+    # cuDNN's attention makes a plan for every new (B, T), half a second each by report, and ours vary
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(cfg.deterministic)
 
 
-def bench_arms(cfg, layers):
-    """group -> its Arms, for every group that --bench names."""
-    E, r, total = cfg.n_experts, cfg.rank, max(16, cfg.n_experts * cfg.rank // 16 * 16)
-    have_peft = all(importlib.util.find_spec(name) for name in ("peft", "transformers"))
-    if not have_peft:
-        print("PEFT's LoRA is left out: for it, pip install peft transformers")
-    groups = {}
-    for group in cfg.bench:
-        if group == "spread":
-            arms = [Arm("none", E, r, layers),
-                    *(Arm("teamlora", n, total // n, layers) for n in (1, 2, 4, 8, 16))]
-        elif group == "growth":
-            arms = [Arm(method, E, r, n, rows=rows)
-                    for n, rows in ((layers, 1), (layers, 0.5), (max(1, layers // 2), 1))
-                    for method in ("none", "teamlora")]
-            arms += [Arm("teamlora", E, 4 * r, layers), Arm("teamlora", 4 * E, r, layers)]
-        else:
-            arms = [Arm(method, int(group), r, layers) for method in ("none", "lora")]
-            arms += [Arm(method, int(group), r, layers, looped) for looped in (False, True)
-                     for method in ("teamlora", "moelora", "hydralora")]
-            arms += [Arm("peft", int(group), r, layers)] * have_peft
-        groups[group] = arms
-    return groups
+def main(argv=None, run=None, config=Config):
+    """The command line: run(cfg, saved), or else what --mode says; an error becomes one line and exit code 1.
 
-
-def bench_batches(cfg, vocab_size, share):
-    """Micro-batches of a step: rows of --max_length, or with --data as long as those rows (four bytes a
-    token). Ids are random, the last quarter of a row is supervised."""
-    lengths = [cfg.max_length] * (cfg.max_tokens // cfg.max_length)
-    if cfg.data:
-        rows = data.read_rows(cfg.data)
-        drawn = random.Random(cfg.seed).sample(rows, min(cfg.batch_size, len(rows)))
-        lengths = [min(cfg.max_length, 4 + len("".join(row[1:]).encode()) // 4) for row in drawn]
-    lengths = lengths[:max(1, round(share * len(lengths)))]
-    generator = torch.Generator().manual_seed(cfg.seed)
-    examples = [data.Example("bench", torch.randint(vocab_size, (n + 1,), generator=generator).tolist(),
-                             n + 1 - max(1, n // 4)) for n in lengths]
-    return [data.collate(b) for b in data.cut(examples, cfg.max_tokens)]
-
-
-def bench_base(cfg, device, dtype):
-    """The frozen base whose weights all arms share: a real one, or random weights of a named size."""
-    if cfg.init_from:
-        return load_llama(cfg.init_from, device=device, dtype=dtype)
-    config = SIZES[cfg.size]
-    torch.set_default_dtype(dtype)               # so that a 7B never exists in fp32
-    with torch.device(device):
-        n = cfg.bench_layers or config.num_hidden_layers
-        base = Llama(replace(config, num_hidden_layers=n)).init_weights()
-    torch.set_default_dtype(torch.float32)
-    return base
-
-
-def peft_model(base, arm, cfg):
-    """transformers' Llama on the base's weights, PEFT's LoRA of rank E*r: what a user would pick instead."""
-    import peft
-    import transformers
-    c = replace(base.config, num_hidden_layers=arm.layers)
-    config = transformers.LlamaConfig(**asdict(c) | {"eos_token_id": c.eos_token_id[0], "rope_parameters": {
-        "rope_type": "default", "rope_theta": c.rope_theta}})
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
-    with base.lm_head.weight.device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a table that no checkpoint holds
-    if cfg.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=arm.n_experts * arm.rank, lora_alpha=arm.n_experts * cfg.alpha, lora_dropout=cfg.dropout,
-        target_modules=list(cfg.targets)))
-
-
-def bench_model(base, arm, cfg):
-    """The model of an arm, on the very weights of the base."""
-    if arm.method == "peft":
-        return peft_model(base, arm, cfg)
-    with torch.device("meta"):
-        model = Llama(replace(base.config, num_hidden_layers=arm.layers),
-                      replace(cfg.adapter, method=arm.method, n_experts=arm.n_experts, rank=arm.rank))
-    model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
-    fresh_adapters(model, base.lm_head.weight.device)
-    model.checkpointing = cfg.checkpointing
-    for _, layer in adapter_layers(model) if arm.looped else ():
-        layer.forward = partial(published_loop, layer)
-    if arm.method == "none":  # gradients flow down to the embeddings: 4 N, and no parameter gets one
-        model.model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
-    if cfg.compile:
-        model.compile_blocks()
-    return model
-
-
-def bench_runs(model, arm, batches, cfg):
-    """Of an arm: a training step and a forward pass, to be called, and the bytes of weights and optimizer."""
-    optimizers = make_optimizers(model, cfg) if arm.method != "none" else []
-    if arm.method == "peft":                     # transformers takes -100 for our -1 and shifts to the left
-        batches = [(x, y.where(y >= 0, -100).roll(1, 1).to(x.device), m) for x, y, m in batches]
-    half = next(model.parameters()).dtype == torch.bfloat16    # PEFT then under autocast, as users have it
-
-    def peft_loss(x, y, m):
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            return model(input_ids=x, attention_mask=m.long(), labels=y, use_cache=False).loss
-
-    def step():
-        model.train()
-        if arm.method == "peft":
-            for batch in batches:
-                (peft_loss(*batch) / len(batches)).backward()
-        else:
-            accumulate_gradients(model, batches)
-        for optimizer in optimizers:
-            torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], cfg.clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-    @torch.no_grad()
-    def infer():
-        model.eval()
-        for x, y, m in batches:
-            peft_loss(x, y, m) if arm.method == "peft" else model.token_losses(model.hidden(x)[0], y)
-
-    step()
-    state = [t for o in optimizers for s in o.state.values() for t in s.values()]
-    return step, infer, sum(t.numel() * t.element_size() for t in [*model.parameters(), *state])
-
-
-def timed(run, device):
-    """Seconds that run() takes."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    begun = time.perf_counter()
-    run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - begun
-
-
-def matmul_peak(device, dtype):
-    """FLOPs per second of a large square matmul, the most that a step could reach."""
-    n = 8192 if device == "cuda" else 1024
-    a, b = torch.randn(2, n, n, device=device, dtype=dtype)
-    return 2 * n ** 3 / min(timed(lambda: a @ b, device) for _ in range(20))
-
-
-def allocated_peak(run, device):
-    """Most bytes allocated at once during run(), beyond those before; on the CPU from the profiler's log."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it announces itself otherwise
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()
-    log = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    return max(itertools.accumulate(n for _, n in log))
-
-
-def training_memory(config, adapter, rows, length,
-                    dtype=torch.bfloat16, checkpointing=False, supervised=0.25):
-    """Bytes of a training step on rows * length tokens at its peak, by what needs them; none is allocated.
-
-    weights: the frozen base; adapters: fp32, with gradients and the two moments of AdamW; activations: of
-    every layer what autograd keeps, traced without storage, or with checkpointing its input; working: the
-    larger of the head's logits with their softmax and gradient, and the gradients inside an FFN (with
-    checkpointing also what its layer keeps).
+    An experiment passes a run and a configuration of its own, which extends Config.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    kept, L, size = {}, config.num_hidden_layers, dtype.itemsize
-
-    def keep(t):
-        kept[t.untyped_storage()._cdata] = t
-        return t
-    with FakeTensorMode():
-        block = Llama(replace(config, num_hidden_layers=1), adapter).model.layers[0]
-        frozen = [p for p in block.parameters() if not p.requires_grad]
-        for p in frozen:
-            p.data = p.to(dtype)
-        x = torch.empty(rows, length, config.hidden_size, dtype=dtype, requires_grad=True)
-        rotary = rotary_tables(config, 0, length, "cpu")
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            block(x, rotary)
-        for t in (*rotary, *block.parameters()):  # shared, or counted as weights
-            kept.pop(t.untyped_storage()._cdata, None)
-        layer = sum(t.untyped_storage().nbytes() for t in kept.values())
-    n_frozen = sum(p.numel() for p in frozen)
-    n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
-    # tables and last norm
-    n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size
-    n_logits = min(round(supervised * rows * length) * config.vocab_size, MAX_LOGITS)
-    ffn = 3 * rows * length * config.intermediate_size * size
-    return {"weights": (L * n_frozen + n_shared) * size, "adapters": 16 * L * n_trained,
-            "activations": L * (x.numel() * size if checkpointing else layer),
-            "working": max(12 * n_logits, ffn + layer if checkpointing else ffn)}
-
-
-def bench_group(group, arms, base, cfg, device, peak):
-    """Rows of bench.json for the arms of a group, which take turns, so that a slow minute meets them all. An
-    arm that does not fit into the GPU's memory is left out, unless it is the limit."""
-    batches = {share: [to_device(b, torch.device(device))
-                       for b in bench_batches(cfg, base.config.vocab_size, share)]
-               for share in {arm.rows for arm in arms}}
-
-    def tried(arm, work):
-        gc.collect()                             # a looped layer and its forward hold each other, and memory
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            if arm.method == "none":
-                raise
-            print(f"{arm.name}, E = {arm.n_experts}, does not fit into the GPU's memory and is left out")
-    runs = {arm: tried(arm, lambda: bench_runs(bench_model(base, arm, cfg), arm, batches[arm.rows], cfg))
-            for arm in arms}
-    # once all are there, as they will be when they are timed
-    memory = {arm: run and tried(arm, lambda: run[2] + allocated_peak(run[0], device))
-              for arm, run in runs.items()}
-    runs = {arm: run for arm, run in runs.items() if memory[arm]}
-    times = [{arm: (timed(step, device), timed(infer, device)) for arm, (step, infer, _) in runs.items()}
-             for _ in tqdm(range(cfg.bench_rounds), desc=group, unit="round", leave=False)]
-    medians = {arm: [median(t) for t in zip(*(turn[arm] for turn in times))] for arm in runs}
-    rows = []
-    for arm, (step, inference) in medians.items():
-        limit = next(m for a, (m, _) in medians.items()
-                     if (a.method, a.layers, a.rows) == ("none", arm.layers, arm.rows))
-        tokens = sum(int(m.sum()) for *_, m in batches[arm.rows])
-        supervised = sum(int((y >= 0).sum()) for _, y, _ in batches[arm.rows])
-        blocks = sum(p.numel() for block in base.model.layers[:arm.layers]
-                     for p in block.parameters() if p.dim() == 2)
-        flops = 4 * (blocks * tokens + base.lm_head.weight.numel() * supervised)
-        rows.append({"group": group, "name": arm.name, "method": arm.method, "n_experts": arm.n_experts,
-                     "rank": arm.rank, "looped": arm.looped, "layers": arm.layers, "tokens": tokens,
-                     "step_ms": round(1e3 * step, 2), "inference_ms": round(1e3 * inference, 2),
-                     "over_limit": round(step / limit, 4),
-                     "tokens_per_second": round(tokens / step), "utilisation": round(flops / step / peak, 4),
-                     "peak_memory_mb": round(memory[arm] / 2 ** 20, 1)})
-    return rows
-
-
-def print_bench(rows):
-    """A line per row of a group; for a group of all methods also the ratios that matter."""
-    print(f"\n{'method':<17}{'E':>3}{'r':>4}{'layers':>7}{'tokens':>7}{'ms/step':>9}{'x limit':>8}"
-          f"{'tokens/s':>10}{'of peak':>8}{'forward':>9}{'MB':>9}")
-    for r in rows:
-        print(f"{r['name']:<17}{r['n_experts']:>3}{r['rank']:>4}{r['layers']:>7}{r['tokens']:>7}"
-              f"{r['step_ms']:>9.1f}{r['over_limit']:>8.3f}{r['tokens_per_second']:>10,}"
-              f"{r['utilisation']:>8.1%}{r['inference_ms']:>9.1f}{r['peak_memory_mb']:>9.0f}")
-    named = {r["name"]: r for r in rows}
-    if "lora" in named and (team := named.get("teamlora")):
-        print("teamlora's step over " + ", ".join(f"{name} {team['step_ms'] / r['step_ms']:.3f}"
-                                                  for name, r in named.items() if r != team))
-        print("teamlora's memory over " + ", ".join(
-            f"{name} {team['peak_memory_mb'] / named[name]['peak_memory_mb']:.3f}"
-            for name in ("frozen base", "lora")))
-    steps = [r["step_ms"] for r in rows if (r["group"], r["method"]) == ("spread", "teamlora")]
-    if steps:
-        print(f"spread over E: {max(steps) / min(steps):.3f}")
-
-
-def run_bench(cfg, saved):
-    """Time all groups of arms; prints them and writes bench.json."""
-    device, dtype = device_and_dtype(cfg)
-    torch.manual_seed(cfg.seed)
-    base = bench_base(cfg, device, dtype)
-    layers, peak = cfg.bench_layers or base.config.num_hidden_layers, matmul_peak(device, dtype)
-    if layers > base.config.num_hidden_layers:
-        raise InputError(f"--bench_layers={layers}, but {cfg.init_from} has only "
-                         f"{base.config.num_hidden_layers} layers")
-    batches = bench_batches(cfg, base.config.vocab_size, 1.0)
-    real, padded = (sum(f(m) for *_, m in batches) for f in (lambda m: int(m.sum()), torch.numel))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{cfg.init_from or cfg.size}, {layers} layers, {str(dtype)[6:]} on {name}; matmul peak "
-          f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, "
-          f"{1 - real / padded:.1%} padding")
-    largest = max((m.shape for *_, m in batches), key=math.prod)
-    estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype,
-                               cfg.checkpointing)
-    print(f"computed memory of a step of {cfg.method}, in MB: {sum(estimate.values()) / 2 ** 20:,.0f} = "
-          + " + ".join(f"{n / 2 ** 20:,.0f} {name}" for name, n in estimate.items()))
-    rows = []
-    for group, arms in bench_arms(cfg, layers).items():
-        rows += (new := bench_group(group, arms, base, cfg, device, peak))
-        print_bench(new)
-    out = Path(cfg.out_dir)
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomically(out / "bench.json", lambda f: f.write((json.dumps(rows, indent=1) + "\n").encode()))
-    print(f"\nwrote {out}/bench.json")
-    return rows
-
-
-# ---- Experiments: methods side by side, and what the experts are worth
-
-def variants(cfg, model_config):
-    """What a comparison can train: name -> settings that differ from cfg.
-
-    Every rank keeps alpha / r, and LoRA and HydraLoRA get the rank that brings them closest to TeamLoRA's
-    size, for a router takes parameters too. Competition changes two things, M and the sum of the weights; the
-    cells of that table are moelora (no M, sum 1: H-LoRA as its code is), moelora_sum_E (no M, sum E: H-LoRA
-    as its equation is), teamlora_sum_1 and teamlora. To scale all weights by E is to scale alpha, so these
-    are the runs of equal effective scale as well.
-    """
-    def size(**settings):
-        with torch.device("meta"):
-            model = Llama(model_config, replace(cfg, **settings).adapter)
-        return sum(p.numel() for p in trained(model).values())
-
-    def ranked(method, rank, n_experts):
-        return {"method": method, "rank": rank, "n_experts": n_experts, "alpha": cfg.alpha / cfg.rank * rank}
-
-    def matched(method, n_experts):
-        one, two = (size(**ranked(method, rank, n_experts)) for rank in (1, 2))
-        return ranked(method, max(1, 1 + round((size(method="teamlora") - one) / (two - one))), n_experts)
-
-    r, E = cfg.rank, cfg.n_experts
-    hydra, lora = matched("hydralora", E), matched("lora", 1)
-    result = {"none": {"method": "none"}, "lora": lora, "moelora": {"method": "moelora"}, "hydralora": hydra,
-              "teamlora": {"method": "teamlora"}, "full": {"method": "full"},
-              "moelora_sum_E": {"method": "moelora", "alpha": E * cfg.alpha},
-              "teamlora_sum_1": {"method": "teamlora", "alpha": cfg.alpha / E},
-              "hydralora_sum_E": {**hydra, "alpha": E * hydra["alpha"]},
-              "teamlora_balanced": {"method": "teamlora", "balance": 0.1},
-              "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}  # weights E times smaller
-    result |= {f"teamlora_E{e}": ranked("teamlora", E * r // e, e)
-               for e in (1, 2, 4, 8) if e != E and E * r % e == 0}
-    result |= {"teamlora_half_rank": ranked("teamlora", r // 2, E)} if r > 1 else {}
-    return result | {"teamlora_rank_x8": ranked("teamlora", 8 * r, E),
-                     "lora_rank_x8": ranked("lora", 8 * lora["rank"], 1), "lora_rank_1": ranked("lora", 1, 1)}
-
-
-def expert_statistics(model, results, test, max_tokens):
-    """What claims about load and specialisation need: see the keys. Tasks and layers weigh the same."""
-    usage = torch.cat([r["weights"] for r in results.values()])                      # (N, L, E)
-    groups = torch.cat([torch.full((len(r["weights"]),), i) for i, r in enumerate(results.values())])
-    shuffled = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))]
-    per_task = torch.stack([usage[groups == g].mean(0) for g in groups.unique()])    # (tasks, L, E)
-    statistics = {"usage_variation": (per_task.std(-1, correction=0) / per_task.mean(-1)).mean().item(),
-                  "weight_entropy": mean(r["entropy"] for r in results.values()),
-                  "task_information": mutual_information(usage, groups).item(),
-                  "task_information_shuffled": mutual_information(usage, shuffled).item()}
-    for k in (1, 2):
-        with restricted(model, top(k)):
-            kept = evaluate(model, test, max_tokens, f"top {k}")
-        statistics[f"top_{k}_accuracy"] = mean(r["accuracy"] for r in kept.values())
-    return statistics
-
-
-def train_variant(cfg, name, rows):
-    """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
-    model, tokenizer, _ = prepare(cfg, None)
-    stream, validation, _ = encode_data(cfg, tokenizer, rows and rows[:2], "validation")
-    test = encode_held_out(cfg, tokenizer, rows and rows[2], "test")
-    torch.manual_seed(cfg.seed)
-    totals = {"seconds": 0.0} if cfg.method == "none" else fit(
-        model, step_batches(cfg, stream), make_optimizers(model, cfg), cfg, cfg.steps, name=name)
-    results = evaluate(model, test, cfg.max_tokens, "test")
-    chosen_by = evaluate(model, validation, cfg.max_tokens, "validation")
-    row = {"method": cfg.method, "variant": name, "seed": cfg.seed, "learning_rate": cfg.learning_rate,
-           "steps": cfg.steps, "n_experts": cfg.n_experts,
-           "trainable_parameters": sum(p.numel() for p in trained(model).values()),
-           "seconds": round(totals["seconds"], 1),
-           "accuracy": {t: r["accuracy"] for t, r in results.items()},
-           "mean_accuracy": mean(r["accuracy"] for r in results.values()), "val_loss": val_loss(chosen_by),
-           "val_accuracy": mean(r["accuracy"] for r in chosen_by.values()), "test_loss": val_loss(results),
-           "expert_usage": {t: r["usage"] for t, r in results.items()}}
-    if cfg.method not in ("none", "lora", "full") and cfg.n_experts > 1:
-        row |= expert_statistics(model, results, test, cfg.max_tokens)
-    return row
-
-
-def run_compare(cfg, _):
-    """Every method and seed at the learning rate that validation chose; a line of compare.jsonl per run.
-
-    Runs that are there already with the same settings are not made again. Returns name -> rows of the table.
-    """
-    path, rows = Path(cfg.out_dir) / "compare.jsonl", read_data(cfg)
-    if rows:
-        rows = (*data.hold_out(rows[0], cfg.val_share, "validation"), rows[1])
-    rows_digest = digest_of(rows)
-    model, _, base = prepare(replace(cfg, mode="train"), None)
-    cfg = replace(cfg, init_from=cfg.init_from or str(Path(cfg.out_dir) / "base"))
-    possible = variants(cfg, model.config)
-    del model                                    # every run makes its own
-    names = tuple(possible) if cfg.methods == ("all",) else cfg.methods
-    for name in (*names, cfg.reference):
-        if name not in possible:
-            raise InputError(f"--methods, --reference: '{name}' is none of {', '.join(possible)}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock(path.parent.resolve())
-    done = {r["settings"]: r for _, r in data.read_objects(path)} if path.is_file() else {}
-
-    def run(name, learning_rate, seed):
-        one = replace(cfg, mode="train", stop_after=0, learning_rate=learning_rate, seed=seed,
-                      **possible[name])
-        shaping = {k: v for k, v in asdict(one).items() if k not in FREE_ON_RESUME + OF_COMPARISON}
-        settings = data.digest(filter(None, [base, json.dumps(shaping, sort_keys=True), rows_digest]))
-        if settings not in done:
-            done[settings] = train_variant(one, name, rows) | {"settings": settings}
-            lines = "".join(json.dumps(row) + "\n" for row in done.values())
-            write_atomically(path, lambda f: f.write(lines.encode()))
-        return done[settings]
-
-    table = {}
-    for name in names:
-        if name == "none":                       # the frozen base: nothing to choose and nothing random
-            table[name] = [run(name, 0.0, cfg.seeds[0])]
-            continue
-        rates = sorted(cfg.learning_rates)
-        sweep = {rate: run(name, rate, cfg.seeds[0]) for rate in rates}
-        while len(rates) > 1:                    # a best value at the edge says little about the best value
-            best = max(rates, key=lambda rate: sweep[rate]["val_accuracy"])
-            beyond = {rates[0]: rates[0] ** 2 / rates[1], rates[-1]: rates[-1] ** 2 / rates[-2]}.get(best)
-            if beyond is None or len(rates) >= len(cfg.learning_rates) + 3:
-                break
-            beyond = float(f"{beyond:.1g}")
-            sweep[beyond] = run(name, beyond, cfg.seeds[0])
-            rates = sorted([*rates, beyond])
-        best = max(rates, key=lambda rate: sweep[rate]["val_accuracy"])
-        table[name] = [run(name, best, seed) for seed in cfg.seeds]
-        print_comparison(table, cfg.reference)
-    if cfg.plot:
-        plot_comparison(table, Path(cfg.out_dir))
-    return table
-
-
-def interval(differences):
-    """(mean, half width of its 95% interval by Student's t) of paired differences; None with fewer than 2."""
-    n = len(differences)
-    if n < 2:
-        return mean(differences), None
-    t = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)[min(n, 10) - 2]
-    return mean(differences), t * torch.tensor(differences).std().item() / math.sqrt(n)
-
-
-def print_comparison(table, reference):
-    """A line per method: size, rate, time, accuracy by task, mean, deviation over seeds, difference."""
-    tasks = list(next(iter(table.values()))[0]["accuracy"])
-    width = max(map(len, [*table, "method"]))
-    print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8} "
-          + "".join(f"{t[:7]:>8}" for t in tasks) + f"{'mean':>8}{'sd':>7}"
-          + f"   to {reference} (95%)" * (reference in table))
-    for name, rows in table.items():
-        means = torch.tensor([r["mean_accuracy"] for r in rows], dtype=torch.float64)
-        deviation = f"{means.std().item():7.3f}" if len(rows) > 1 else f"{'-':>7}"
-        difference = ""
-        if reference in table and name != reference:
-            d, half = interval([r["mean_accuracy"] - other["mean_accuracy"]
-                                for r, other in zip(rows, table[reference])])
-            difference = f"   {d:+.3f}" + (f" ±{half:.3f}" if half is not None else "")
-        print(f"{name:{width}}{rows[0]['trainable_parameters']:>11,}{rows[0]['learning_rate']:>9.0e}"
-              f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f} "
-              + "".join(f"{mean(r['accuracy'][t] for r in rows):8.3f}" for t in tasks)
-              + f"{means.mean().item():8.3f}{deviation}{difference}")
-    bars = {name: torch.tensor([r["mean_accuracy"] for r in rows]) for name, rows in table.items()}
-    bars.pop("none", None)                       # beside the base's 0 all others look alike
-    if bars:
-        print_bars(bars)
-    keys = [k for k in ("usage_variation", "weight_entropy", "task_information", "task_information_shuffled",
-                        "top_1_accuracy", "top_2_accuracy") if any(k in rows[0] for rows in table.values())]
-    if keys:
-        print(f"\n{'':{width}}" + "".join(f"{k:>27}" for k in keys))
-    for name, rows in table.items():
-        if keys and keys[0] in rows[0]:
-            print(f"{name:{width}}" + "".join(f"{mean(r[k] for r in rows):27.3f}" for k in keys))
-
-
-def print_bars(values, width=60):
-    """A bar to the mean of each tensor of values, up to 1; grey reaches a deviation over seeds either way."""
-    low = math.floor(10 * min(v.min().item() for v in values.values())) / 10
-    print(f"\nmean accuracy, from {low:.1f} to 1")
-    for name, v in values.items():
-        m, s = v.mean().item(), v.std().item() if len(v) > 1 else 0.0
-        places = [low + (i + 0.5) / width * (1 - low) for i in range(width)]
-        bar = "".join("█" if x < m - s else "▒" if x < m + s else "·" for x in places)
-        print(f"{name:{max(map(len, values))}} {bar}")
-
-
-def rank_correlation(a, b):
-    """Spearman's rank correlation of two vectors, ties sharing their rank; None if one is constant."""
-    ranks = [(x[:, None] > x).double().sum(1) + 0.5 * (x[:, None] == x).double().sum(1) for x in (a, b)]
-    correlation = torch.corrcoef(torch.stack(ranks))[0, 1].item()
-    return None if math.isnan(correlation) else correlation
-
-
-def run_shapley(cfg, saved):
-    """The exact Shapley value of each expert by task, beside its mean weight; writes out_dir/shapley.json."""
-    if cfg.method in ("full", "none") or not 1 < cfg.n_experts <= 8:
-        raise InputError(f"--mode=shapley needs an adapter with 2 to 8 experts; {cfg.out_dir}/adapter.pt has "
-                         f"method={cfg.method} and n_experts={cfg.n_experts}")
-    rows = read_data(cfg)
-    model, tokenizer, _ = prepare(cfg, saved)
-    _, split, _ = encode_data(cfg, tokenizer, rows)
-    tasks, E, value = list(split), cfg.n_experts, {"accuracy": [], "loss": []}
-    for index in range(2 ** E):
-        with restricted(model, only(coalition(index))):
-            results = evaluate(model, split, cfg.max_tokens, f"coalition {index + 1} of {2 ** E}")
-        for key, sign in (("accuracy", 1), ("loss", -1)):
-            value[key].append([sign * results[t][key] for t in tasks])
-    value = {key: torch.tensor(v, dtype=torch.float64) for key, v in value.items()}  # (2^E, tasks)
-    usage = torch.tensor([results[t]["usage"] for t in tasks], dtype=torch.float64)  # (tasks, E)
-    worth = {key: shapley_values(v).T for key, v in value.items()}                   # (tasks, E)
-    agreement = {key: [rank_correlation(a, b) for a, b in zip(w, usage)] for key, w in worth.items()}
-    pairs = shapley_interactions(value["loss"]).mean(-1)                             # (E, E)
-    M = [layer.interaction.detach().double().cpu()
-         for _, layer in adapter_layers(model) if layer.interaction is not None]
-    upper = torch.triu_indices(E, E, 1).unbind()
-    result = {"tasks": tasks, "value": value, "shapley": worth, "usage": usage, "rank_correlation": agreement,
-              "interaction": pairs}
-    if M:
-        learned = torch.stack(M).mean(0)
-        result |= {"learned_interaction": learned, "interaction_correlation": rank_correlation(
-            pairs[upper], ((learned + learned.T) / 2)[upper])}
-    plain = json.dumps(result, default=torch.Tensor.tolist, indent=1, allow_nan=False)
-    write_atomically(Path(cfg.out_dir) / "shapley.json", lambda f: f.write((plain + "\n").encode()))
-    print_shapley(result)
-    print_layers(results)
-    if cfg.plot:
-        plot_experts(result, results, Path(cfg.out_dir))
-    return result
-
-
-def print_shapley(result):
-    """Per task: what all experts are worth, each one's Shapley value (of minus the loss) and mean weight."""
-    worth, usage, accuracy = result["shapley"]["loss"], result["usage"], result["value"]["accuracy"]
-    gain, agreement = accuracy[-1] - accuracy[0], result["rank_correlation"]["loss"]
-    E, width = worth.shape[1], max(map(len, [*result["tasks"], "mean"])) + 2
-    print(f"\n{'task':{width}}{'accuracy gained':>16}   " + f"{'Shapley value, in nats of loss':{8 * E}}   " +
-          f"{'mean weight of the router':{8 * E}}  rank correlation")
-    for i, task in enumerate(result["tasks"]):
-        print(f"{task:{width}}{gain[i]:16.3f}   " + "".join(f"{x:8.3f}" for x in worth[i]) + "   "
-              + "".join(f"{x:8.3f}" for x in usage[i])
-              + "{:>18}".format("-" if agreement[i] is None else f"{agreement[i]:.2f}"))
-    for key, agreement in result["rank_correlation"].items():
-        known = [a for a in agreement if a is not None]
-        if known:
-            print(f"rank correlation of Shapley value by {key} and mean weight: {mean(known):+.2f}, "
-                  f"mean over {len(known)} tasks")
-    if result.get("interaction_correlation") is not None:  # LoRA and its like have no M; one pair, no rank
-        print("pairwise interaction against the learned M: "
-              f"rank correlation {result['interaction_correlation']:+.2f} over {E * (E - 1) // 2} pairs")
-
-
-def print_layers(results):
-    """Mean weight of every expert by task (lines) and adapted layer (groups of E), as shades."""
-    usage = torch.stack([r["weights"].mean(0) for r in results.values()])            # (tasks, L, E)
-    low, high = usage.min().item(), usage.max().item()
-    width = max(map(len, results)) + 2
-    print(f"\nmean weight by layer, from {low:.2f} (blank) to {high:.2f} (full)")
-    for task, layers in zip(results, usage.tolist()):
-        print(f"{task:{width}}" + " ".join("".join(shade(w, low, high) for w in layer) for layer in layers))
-
-
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
-def plot_comparison(table, out):
-    """compare.png: mean accuracy, deviation over seeds, by method; experts.png: by E at equal total rank."""
-    plt = pyplot()
-    by_experts = {int(name[10:]): rows for name, rows in table.items() if name.startswith("teamlora_E")}
-    if by_experts and "teamlora" in table:
-        by_experts[table["teamlora"][0]["n_experts"]] = table["teamlora"]
-    by_experts = dict(sorted(by_experts.items()))
-    adapted = {name: rows for name, rows in table.items() if name != "none"}
-    for file, label, bars in (("compare.png", "", adapted),
-                              ("experts.png", "experts E, equal total rank", by_experts)):
-        if not bars:
-            continue
-        means = [torch.tensor([r["mean_accuracy"] for r in rows]) for rows in bars.values()]
-        figure, axes = plt.subplots(figsize=(1.5 + 0.7 * len(bars), 4), layout="constrained")
-        axes.bar(range(len(bars)), [m.mean().item() for m in means], color="0.8", edgecolor="black",
-                 capsize=4, yerr=[m.std().item() if len(m) > 1 else 0 for m in means])
-        for i, m in enumerate(means):
-            axes.plot([i] * len(m), m, "k.", markersize=4)
-        low = min(m.min().item() for m in means)
-        axes.set_ylim(max(0, low - 0.5 * (1 - low)), 1)
-        axes.set_xticks(range(len(bars)), bars, rotation=0 if label else 60,
-                        ha="center" if label else "right")
-        axes.set_xlabel(label)
-        axes.set_ylabel("mean accuracy over tasks (axis cut)")
-        figure.savefig(out / file, dpi=120)
-        plt.close(figure)
-
-
-def plot_experts(result, results, out):
-    """usage.png: each expert's mean weight by task and layer; shapley.png: Shapley value over mean weight."""
-    plt = pyplot()
-    usage = torch.stack([r["weights"].mean(0) for r in results.values()])            # (tasks, L, E)
-    figure, axes = plt.subplots(figsize=(10, 3.5), layout="constrained")
-    image = axes.imshow(usage.flatten(1), cmap="gray_r", aspect="auto", interpolation="nearest")
-    axes.set_yticks(range(len(results)), results)
-    axes.set_xticks(torch.arange(usage.shape[1]) * usage.shape[2] - 0.5, range(usage.shape[1]))
-    axes.grid(axis="x", color="black", linewidth=0.5)
-    axes.set_xlabel("adapted layer, one column per expert")
-    figure.colorbar(image, label="mean weight")
-    figure.savefig(out / "usage.png", dpi=120)
-    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
-    for e, marker in zip(range(usage.shape[2]), "o^sxD+v*"):
-        axes.plot(result["usage"][:, e], result["shapley"]["loss"][:, e], "k" + marker, fillstyle="none",
-                  label=f"expert {e}")
-    axes.set_xlabel("mean weight of the router")
-    axes.set_ylabel("Shapley value (nats of loss saved)")
-    axes.legend()
-    figure.savefig(out / "shapley.png", dpi=120)
-    plt.close("all")
-
-
-MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export,
-         "compare": run_compare, "shapley": run_shapley, "bench": run_bench}
-
-
-def main(argv=None):
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, too, like Ctrl-C
     given = {}
     try:
         if RANK > 0:                             # process 0 speaks for all
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-        given = parse_flags(argv)
-        cfg, saved = compose(given)
-        torch.set_float32_matmul_precision("high")
-        if cfg.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(cfg.deterministic)
-        return MODES[cfg.mode](cfg, saved)
+        given = parse_flags(argv, config, skip=("mode", "resume", "stop_after") if run else ())
+        cfg, saved = compose(given, config)
+        if RANKS > 1 and (run or cfg.mode not in ("train", "eval") or cfg.batch_size < RANKS):
+            raise InputError(f"{RANKS} processes are for --mode=train and eval, with an example in every "
+                             "step for each; start anything else with python, not torchrun")
+        start_torch(cfg)
+        return (run or MODES[cfg.mode])(cfg, saved)
     except (InputError, OSError, UnicodeDecodeError) as e:
         # names from files may hold line ends and terminal codes
         sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(e))[:1000])
@@ -1725,8 +967,8 @@ def main(argv=None):
                  "--checkpointing; a run that was training continues with the same flags, these changed, and "
                  "--resume")
     except KeyboardInterrupt as e:
-        if given.get("mode", "train") != "train":
-            sys.exit("error: interrupted")
+        if run or given.get("mode", "train") != "train":
+            sys.exit("error: interrupted; the same command begins or goes on again")
         flags = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
                  for k, v in given.items() if k not in ("resume", "stop_after")]
         program = ["torchrun", f"--nproc_per_node={RANKS}"] if RANKS > 1 else ["python"]
@@ -1738,5 +980,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, too, like Ctrl-C
     main()
