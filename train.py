@@ -417,9 +417,8 @@ def fit(model, step_batches, optimizer, cfg, steps, *,
         name="train", resumed=None, log=None, save=None, stopped=()):
     """Train for `steps` steps. step_batches: step -> micro-batches; the optimizer holds its peak rates.
 
-    log(record) gets a dict at every logged step, save(optimizer, totals) is called when a checkpoint is due,
-    resumed is what it saved. Returns Progress.totals. Raises KeyboardInterrupt, after saving, at stop_after
-    or once `stopped` (see held_signals) holds something.
+    log(record) and save(optimizer, totals) are called when due; resumed is what was saved. Returns totals.
+    Raises KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds a signal.
     """
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(trained(model).values())
     for group in optimizer.param_groups:
@@ -457,9 +456,8 @@ def fit(model, step_batches, optimizer, cfg, steps, *,
         elif save and (hopeless or save_due):
             attempt(save, optimizer, totals)
         if hopeless:
-            raise InputError(f"{int(progress.in_a_row)} steps in a row up to step {step + 1} had a loss or "
-                             "gradient that is not finite; they changed nothing. Lower --learning_rate, or "
-                             "look for bad numbers in the base")
+            raise InputError(f"{MOST_SKIPPED} steps in a row up to step {step + 1} were not finite in loss "
+                             "or gradient; lower --learning_rate, or look for bad numbers in the base")
         if stopping:
             break
     if totals["step"] < steps or signalled:
