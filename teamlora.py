@@ -1,22 +1,25 @@
 """TeamLoRA, one adapted linear layer, and the methods it is compared with.
 
-The idea: a frozen linear map W gets one shared down-projection A and E expert up-projections B_e. A router
-weighs the experts for every token, and a small matrix M lets the experts raise or lower each other's weight.
+The idea: a frozen linear map W gets a down-projection A, which all experts share, and E up-projections B_e,
+one per expert. A router weighs the experts for every token, and a small trained matrix M lets them raise or
+lower each other's weight.
 Paper: Lin et al., "TeamLoRA", ACL 2025, arXiv 2408.09856; the equations here follow its authors' layer.
 
-    z   = A x                    shared by all experts; expert e owns slice z_e of it, r numbers
-    phi = softmax(R x)           what the paper calls Shapley values: a softmax, no Shapley value is computed
-    w   = phi + phi M            M starts with diagonal 0; then w is scaled: a token's weights sum to E
+    z   = A x                    expert e owns slice z_e of it, r numbers, which is A_e x
+    phi = softmax(R x)           what the paper calls Shapley values
+    w   = phi + phi M            M's diagonal starts at 0; then w is scaled: a token's weights sum to E
     y   = W x + (alpha / r) * sum_e w_e B_e dropout(z_e)
 
-    python teamlora.py           one token through a layer of two experts, every number printed
+    python teamlora.py           two tokens through a layer of two experts, every number printed
 
 What may surprise:
 - No loop over experts. Scaling slice e of z by w_e and multiplying by all B side by side is the same sum,
   in one matmul whose cost does not depend on E.
 - A weight may be negative: an expert can be held against. Weights sum to E, not to 1 as in a plain mixture.
 - Dropout acts on z, after A; most LoRA code drops x before A.
-- The paper writes w_i = sum_j M_ij phi_j, diagonal 1; the released code, and we, phi + phi M, diagonal 0.
+- The paper writes w_i = sum_j M_ij phi_j, diagonal 1; the released code, and we, phi + phi M, diagonal 0 at
+  first. No Shapley value is computed.
+- To share A is no restriction: A_e of an expert of its own would be the slice of A that it reads here.
 - LoRA, MoELoRA and HydraLoRA are this layer with little changed; E = 1 is plain LoRA in all of them.
 
 Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,
@@ -133,7 +136,7 @@ class TeamLoRALinear(nn.Linear):
         w = self.gate(logits.view(*shape, logits.shape[-1]))                          # (..., E)
         # w_e dropout(z_e): alpha / r goes into the weights, which are E numbers a token instead of out
         z = F.dropout(z, self.adapter.dropout, self.training)
-        w = (w * (self.adapter.alpha / self.adapter.rank)).to(x.dtype).view(len(x), -1, 1)
+        w = (w * (self.adapter.alpha / self.adapter.rank)).to(x.dtype).view(len(x), self.adapter.n_experts, 1)
         z = (self.seen(z) * w).flatten(-2)                                           # (B*T, E*r)
         # y = W x + [B_1 .. B_E] z: added inside the second product, a sum would pass over (B*T, out) again
         y = F.linear(x, self.weight, self.bias)
@@ -301,16 +304,24 @@ def load_parameters(parameters, state):
 
 
 if __name__ == "__main__":
-    # one token of width 3 through a layer of two experts of rank 1
+    # two tokens of width 3 through a layer of two experts of rank 1, with B and M as if trained
+    def show(name, value):
+        print(f"{name:34}{str(tuple(value.shape)):8}{[round(v, 4) for v in value.flatten().tolist()]}")
     torch.manual_seed(0)
     layer = TeamLoRALinear(3, 2, adapter=AdapterConfig(rank=1, n_experts=2, alpha=1.0))
-    nn.init.normal_(layer.lora_B)                # as if trained: a fresh B is zero
-    x = torch.randn(3)
-    z, phi, w = layer.lora_A @ x, softmax(layer.router @ x), layer.gate(layer.router @ x)
-    parts = layer.lora_B * z * w                 # column e: w_e B_e z_e
-    for name, value in (("x", x), ("z = A x, one number per expert", z), ("phi = softmax(R x)", phi),
-                        ("M, the experts' interaction", layer.interaction),
-                        ("w = phi + phi M, scaled to sum 2", w), ("W x", layer.weight @ x),
-                        ("w_1 B_1 z_1", parts[:, 0]), ("w_2 B_2 z_2", parts[:, 1]),
-                        ("y = W x + their sum", layer.weight @ x + parts.sum(1)), ("layer(x)", layer(x))):
-        print(f"{name:34}{str(tuple(value.shape)):8}{[round(v, 4) for v in value.flatten().tolist()]}")
+    nn.init.normal_(layer.lora_B)
+    layer.interaction.data = torch.tensor([[0.0, -0.6], [0.3, 0.0]])
+    for name, value in (("W, frozen", layer.weight), ("A, shared", layer.lora_A),
+                        ("R, the router", layer.router), ("M: expert 1 lowers expert 2", layer.interaction),
+                        ("B, one column each", layer.lora_B)):
+        show(name, value)
+    for number, x in enumerate(torch.randn(2, 3), 1):
+        z, phi, w = layer.lora_A @ x, softmax(layer.router @ x), layer.gate(layer.router @ x)
+        parts = layer.lora_B * z * w             # column e: w_e B_e z_e
+        print(f"\ntoken {number}")
+        for name, value in (("x", x), ("z = A x, one number per expert", z), ("phi = softmax(R x)", phi),
+                            ("phi + phi M", phi + phi @ layer.interaction), ("w: that, scaled to sum 2", w),
+                            ("W x", layer.weight @ x), ("w_1 B_1 z_1", parts[:, 0]),
+                            ("w_2 B_2 z_2", parts[:, 1]), ("y = W x + their sum", layer.weight @ x + parts.sum(1)),
+                            ("layer(x)", layer(x))):
+            show(name, value)

@@ -85,7 +85,8 @@ class Config(AdapterConfig):
                                  "the same", least=1)
     checkpointing: bool = flag(False, "recompute activations in the backward pass: less memory, about a "
                                       "third more time")
-    compile: bool = flag(False, "torch.compile every block, which takes up to a minute once")
+    compile: bool = flag(False, "torch.compile every block, which takes up to a minute once; steps with "
+                                 "--balance run without")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("auto", "of the base: float32 or bfloat16; auto: bfloat16 on CUDA, unless "
                               "--method=full, float32 otherwise", choices=("auto", "float32", "bfloat16"))
@@ -184,7 +185,7 @@ def compose(given, config=Config):
     if (not given.get("resume") if mode == "train" else given.get("method") == "none"):
         return config(**given), None
     path = out / ("checkpoint.pt" if mode == "train" else "adapter.pt")
-    if mode == "train" and out.is_dir():
+    if mode == "train" and out.is_dir() and RANK == 0:
         lock(out.resolve())  # before a checkpoint is read that another run may be about to replace
     saved = read_checkpoint(path) if mode == "train" else read_saved(path)
     if not saved:
@@ -272,8 +273,9 @@ def balance_term(model, batches, weight):
     The term is no sum over micro-batches, but its gradient is: with the step's mean usage u known from a pass
     without gradient, d term = sum over tokens of <d term / d u, d w> / tokens. That pass is the price.
     """
-    usage = n = 0
-    with torch.no_grad():
+    usage, n, device = 0, 0, batches[0][0].device
+    # both passes drop the same numbers
+    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         for x, _, mask in batches:
             with collected_weights(model) as weights:
                 model.hidden(x)
@@ -801,7 +803,10 @@ def refuse_to_overwrite(cfg, path):
     """InputError if there is nothing to train, or if path is the checkpoint of a run that has not ended."""
     if cfg.method == "none":
         raise InputError("--method=none has nothing to train; use it with --mode=eval or --mode=sample")
-    saved = None if cfg.resume else read_checkpoint(path)
+    try:
+        saved = None if cfg.resume else read_checkpoint(path)
+    except InputError as e:
+        raise InputError(f"{e}; delete it, or choose another --out_dir") from None
     if saved and saved["totals"]["step"] < saved["config"]["steps"]:
         raise InputError(f"{path} is at step {saved['totals']['step']} of {saved['config']['steps']} of a "
                          "run that has not ended: continue it with --resume, delete it, or choose another "

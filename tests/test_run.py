@@ -339,7 +339,8 @@ def test_a_signal_outside_of_training_is_one_line(base, tmp_path, monkeypatch):
 
 
 def test_a_signal_to_torchrun_saves_at_the_next_step(base, tmp_path):
-    """Catches processes that leave at different steps, or wait for a log line until torchrun kills them."""
+    """Catches processes that leave at different steps, that wait for a log line until torchrun kills them, or
+    that lock each other out when they go on."""
     flags = flags_of(base, tmp_path, "--steps=100000", "--log_every=100000", "--save_every=0")
     with open(tmp_path / "printed", "w+") as printed:
         process = subprocess.Popen([*TORCHRUN, *flags], stdout=printed, stderr=subprocess.STDOUT,
@@ -355,6 +356,9 @@ def test_a_signal_to_torchrun_saves_at_the_next_step(base, tmp_path):
     assert "continue with: torchrun --nproc_per_node=2 train.py --" in told
     step = train.read_checkpoint(tmp_path / "checkpoint.pt")["totals"]["step"]
     assert f"stopped after {step} of 100000 steps" in told and step > 0
+    more = subprocess.run([*TORCHRUN, *flags, "--resume", f"--stop_after={step + 1}"], capture_output=True,
+                          text=True, env=ONE_THREAD)
+    assert f"stopped after {step + 1} of 100000 steps" in more.stdout, more.stderr
 
 
 def test_a_signal_to_another_process_stops_this_one_at_the_same_step(finished, base, tmp_path, monkeypatch):
