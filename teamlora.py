@@ -322,6 +322,6 @@ if __name__ == "__main__":
         for name, value in (("x", x), ("z = A x, one number per expert", z), ("phi = softmax(R x)", phi),
                             ("phi + phi M", phi + phi @ layer.interaction), ("w: that, scaled to sum 2", w),
                             ("W x", layer.weight @ x), ("w_1 B_1 z_1", parts[:, 0]),
-                            ("w_2 B_2 z_2", parts[:, 1]), ("y = W x + their sum", layer.weight @ x + parts.sum(1)),
-                            ("layer(x)", layer(x))):
+                            ("w_2 B_2 z_2", parts[:, 1]),
+                            ("y = W x + their sum", layer.weight @ x + parts.sum(1)), ("layer(x)", layer(x))):
             show(name, value)
