@@ -75,7 +75,7 @@ class Config(AdapterConfig):
     paper: bool = flag(False, "the paper's settings, as far as they are known, wherever no other flag says "
                               "otherwise")
     balance: float = flag(0.0, "weight of the balance term, which evens out the use of the experts")
-    steps: int = flag(1500, "optimizer steps", least=1)
+    steps: int = flag(1200, "optimizer steps", least=1)
     batch_size: int = flag(66, "examples per step", least=1)
     learning_rate: float = flag(3e-3, "peak learning rate; 1e-4 to 3e-4 suits a real Llama", least=1e-12)
     warmup: float = flag(0.03, "share of the steps in which the learning rate rises", below=1)
