@@ -50,8 +50,8 @@ class AdapterConfig:
 
     InputError names a value that cannot be; train.py's configuration extends this one and its check.
     """
-    method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, full (train every weight) or none "
-                                   "(bare base)")
+    method: str = flag("teamlora", "teamlora, lora, moelora, hydralora, or another of METHODS; full (train "
+                                   "every weight) or none (bare base)")
     rank: int = flag(8, "rank r of one expert; the total rank is n_experts * rank", least=1)
     n_experts: int = flag(4, "number of experts E", least=1)
     alpha: float = flag(16.0, "the update is scaled by alpha / rank", least=1e-12)

@@ -287,10 +287,10 @@ class SigmoidLinear(MoELoRALinear):
         return torch.sigmoid(logits.double()).to(torch.promote_types(logits.dtype, torch.float32))
 
 
-@pytest.mark.parametrize("method, E", [*((m, E) for m in METHODS for E in (1, 4)), ("sigmoid", 1)])
+@pytest.mark.parametrize("method, E", [*((m, E) for m in METHODS for E in (1, 4)), ("unwritten", 1)])
 def test_merged_model_computes_the_same_or_is_refused(monkeypatch, method, E):
     """Catches a wrong scale or transposed product, a router that is dropped, a refused model half merged."""
-    monkeypatch.setitem(METHODS, "sigmoid", SigmoidLinear)
+    monkeypatch.setitem(METHODS, "unwritten", SigmoidLinear)
     model, bare = (tiny(m, n_experts=E, alpha=5.0, targets=("q_proj", "down_proj")) for m in (method, "none"))
     if method == "teamlora" and E == 1:
         for _, layer in adapter_layers(model):
@@ -583,16 +583,21 @@ def test_balance_gradient_equals_autograd_of_the_term(method):
     """Catches a wrong slope of the two-pass balance term, other dropout in each pass, a loss without it."""
     model = tiny(method, dtype=torch.float64, dropout=0.3).train()
     batch, = batches_of(examples_of(11))
-    torch.manual_seed(0)
-    numbers, gradients = gradients_of(model, [batch], 0.7)
+    runs = []
+    for weight in (0.7, 0.0):                    # their difference is the term alone, whatever the loss
+        torch.manual_seed(0)
+        runs.append(gradients_of(model, [batch], weight))
+    (numbers, gradients), (without, base) = runs
     torch.manual_seed(0)
     with collected_weights(model) as weights:
-        losses, _ = model(*batch[:2])
-    loss = losses.mean() + 0.7 * balance_loss(mean_usage(torch.stack(weights), batch[2]))
-    loss.backward()
-    assert torch.isclose(numbers["loss"], loss.detach(), rtol=1e-10)
-    for name, p in adapter_parameters(model).items():
-        assert torch.allclose(gradients[name], p.grad, rtol=1e-8, atol=1e-12), (
+        model.hidden(batch[0])
+    term = 0.7 * balance_loss(mean_usage(torch.stack(weights), batch[2]))
+    names, parameters = zip(*adapter_parameters(model).items())
+    expected = torch.autograd.grad(term, parameters, allow_unused=True, materialize_grads=True) if (
+        term.requires_grad) else map(torch.zeros_like, parameters)
+    assert torch.isclose(numbers["loss"] - without["loss"], term.detach(), rtol=1e-8, atol=1e-12)
+    for name, g in zip(names, expected):
+        assert torch.allclose(gradients[name] - base[name], g, rtol=1e-8, atol=1e-12), (
             f"{method}, gradient of {name}; look at train.balance_term")
 
 
@@ -619,7 +624,8 @@ def test_step_with_infinite_gradient_is_skipped_and_counted():
         return batches
     optimizer = train.make_optimizer(model, cfg := train.Config(learning_rate=1e-2))
     totals = train.fit(model, step_batches, optimizer, cfg, 2)
-    assert all(state["step"] == 1 for state in optimizer.state.values()), "a skipped step counts for Adam"
+    assert all(state.get("step", 1) == 1 for state in optimizer.state.values()), (
+        "a skipped step must leave the optimizer's state as it was")
     assert totals["skipped"] == 1 and all(p.isfinite().all() for p in adapter_parameters(model).values())
     assert not any(torch.equal(p, before[n]) for n, p in adapter_parameters(model).items())
 

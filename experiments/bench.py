@@ -35,7 +35,7 @@ from tqdm import tqdm
 import data
 import train
 from model import MAX_LOGITS, Llama, LlamaConfig, load_llama, materialise, rotary_tables
-from teamlora import InputError, MoELoRALinear, adapter_layers, flag
+from teamlora import METHODS, InputError, MoELoRALinear, adapter_layers, flag
 
 # the published shapes, for random weights
 SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_word_embeddings=tied)
@@ -93,7 +93,7 @@ def arms_of(group, cfg, layers):
         sizes = ({}, {"rows": 0.5}, {"layers": max(1, layers // 2)})
         return [arm(method, **size) for size in sizes for method in ("none", "teamlora")] + [
             arm("teamlora", rank=4 * cfg.rank), arm("teamlora", n_experts=4 * cfg.n_experts)]
-    E, routed = int(group), ("teamlora", "moelora", "hydralora")
+    E, routed = int(group), [method for method in METHODS if method != "lora"]
     return [*(arm(method, n_experts=E) for method in ("none", "lora", *routed)),
             *(arm(method, n_experts=E, looped=True) for method in routed),
             *[arm("peft", n_experts=E)] * HAVE_PEFT]

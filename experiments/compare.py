@@ -65,8 +65,8 @@ class CompareConfig(train.Config):
 def variants(cfg, model_config=None):
     """What can be compared: name -> settings that differ from cfg.
 
-    Every rank keeps alpha / r. LoRA and HydraLoRA get the rank that brings them closest to TeamLoRA's size on
-    a Llama of model_config, for a router takes parameters too; without it their rank is cfg's. Competition is
+    Every rank keeps alpha / r. Every method gets the rank that brings it closest to TeamLoRA's size on a Llama
+    of model_config, for a router takes parameters too; without it that rank is cfg's. Competition is
     two changes, M and the sum of the weights; the cells of that table are moelora (no M, sum 1: H-LoRA as its
     code is), moelora_sum_E (no M, sum E: H-LoRA as its equation is), teamlora_sum_1 and teamlora. To scale
     all weights by E is to scale alpha, so these are the runs of equal effective scale as well.
@@ -86,14 +86,14 @@ def variants(cfg, model_config=None):
         one, two = (size(ranked(method, rank, n_experts)) for rank in (1, 2))
         rank = 1 + round((size({"method": "teamlora"}) - one) / (two - one))
         return ranked(method, max(1, rank), n_experts)
-    hydra, lora = matched("hydralora", E), matched("lora", 1)
-    result = {"none": {"method": "none"}, "lora": lora, "moelora": {"method": "moelora"},
-              "hydralora": hydra, "teamlora": {"method": "teamlora"}, "full": {"method": "full"},
-              "moelora_sum_E": {"method": "moelora", "alpha": E * alpha},
-              "teamlora_sum_1": {"method": "teamlora", "alpha": alpha / E},
-              "hydralora_sum_E": {**hydra, "alpha": E * hydra["alpha"]},
-              "teamlora_balanced": {"method": "teamlora", "balance": 0.1},
-              "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}  # weights E times smaller
+    result = {"none": {"method": "none"}, "lora": matched("lora", 1)}
+    result |= {method: matched(method, E) for method in METHODS if method != "lora"}
+    lora, hydra = result["lora"], result["hydralora"]
+    result |= {"full": {"method": "full"}, "moelora_sum_E": {"method": "moelora", "alpha": E * alpha},
+               "teamlora_sum_1": {"method": "teamlora", "alpha": alpha / E},
+               "hydralora_sum_E": {**hydra, "alpha": E * hydra["alpha"]},
+               "teamlora_balanced": {"method": "teamlora", "balance": 0.1},
+               "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}  # weights E times smaller
     result |= {f"teamlora_E{e}": ranked("teamlora", E * r // e, e)
                for e in (1, 2, 4, 8) if e != E and E * r % e == 0}
     result |= {"teamlora_half_rank": ranked("teamlora", r // 2, E)} if r > 1 else {}
