@@ -65,8 +65,8 @@ class CompareConfig(train.Config):
 def variants(cfg, model_config=None):
     """What can be compared: name -> settings that differ from cfg.
 
-    Every rank keeps alpha / r. Every method gets the rank that brings it closest to TeamLoRA's size on a Llama
-    of model_config, for a router takes parameters too; without it that rank is cfg's. Competition is
+    Every rank keeps alpha / r. Every method gets the rank that brings it closest to TeamLoRA's size on a
+    Llama of model_config, for a router takes parameters too; without it that rank is cfg's. Competition is
     two changes, M and the sum of the weights; the cells of that table are moelora (no M, sum 1: H-LoRA as its
     code is), moelora_sum_E (no M, sum E: H-LoRA as its equation is), teamlora_sum_1 and teamlora. To scale
     all weights by E is to scale alpha, so these are the runs of equal effective scale as well.

@@ -131,7 +131,8 @@ def test_base_corpus_gives_no_instructions_but_knows_their_words(tokenizer):
     assert not any(i in text for i in instructions for text in texts)
     used = {task: Counter() for task in data.TASKS}
     for row in map(data.minicme(0), range(2000)):
-        used[row.task].update(tokenizer.encode(f"{row.instruction}\n{row.input}") + tokenizer.encode(row.output))
+        for text in (f"{row.instruction}\n{row.input}", row.output):
+            used[row.task].update(tokenizer.encode(text))
     for task, pieces in used.items():
         unknown = {tokenizer.model.id_to_piece(t): n for t, n in pieces.most_common() if t not in seen}
         assert sum(unknown.values()) < 0.05 * pieces.total(), (
@@ -619,7 +620,8 @@ def test_shapley_of_lora_writes_json_that_others_read(base, tmp_path):
     train.main(flags_of(base, tmp_path, "--method=lora", "--steps=1"))
     start(shapley.shapley, [f"--out_dir={tmp_path}", f"--init_from={base}", "--device=cpu"])
     written = (tmp_path / "shapley.json").read_text()
-    assert "NaN" not in written and json.loads(written)["rank_correlation"]["loss"] == [None] * len(data.TASKS)
+    assert "NaN" not in written
+    assert json.loads(written)["rank_correlation"]["loss"] == [None] * len(data.TASKS)
 
 
 @pytest.mark.parametrize("flags", [["--method=full"], ["--n_experts=1"], ["--n_experts=9"]])
