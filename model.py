@@ -22,7 +22,7 @@ import json
 import math
 import re
 import zipfile
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from teamlora import METHODS, AdapterConfig, InputError, adapter_layers, adapter_parameters
+from teamlora import METHODS, AdapterConfig, InputError, adapter_layers, adapter_parameters, foreign
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 MAX_LOGITS = 2 ** 25                             # logits that exist at once, 128 MB in fp32
+MOST = {"num_hidden_layers": 1000, "max_position_embeddings": 2 ** 63}
 
 
 @dataclass(frozen=True)
@@ -48,24 +49,24 @@ class LlamaConfig:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float = 1e-5
+    rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: dict | None = None             # see `stretch`
     tie_word_embeddings: bool = False
     max_position_embeddings: int = 2048
     bos_token_id: int = 1
-    eos_token_id: tuple = (2,)
+    eos_token_id: tuple = (2,)                   # none: the tokenizer has to know
 
     def __post_init__(self):
         for f in fields(self):
-            v, most = getattr(self, f.name), 1000 if f.name == "num_hidden_layers" else 2 ** 24
+            v, most = getattr(self, f.name), MOST.get(f.name, 2 ** 24)
             if f.type is int:                    # bounded, or a file could ask for a billion layers
                 right = type(v) is int and (f.name != "bos_token_id") <= v <= most
                 wanted = f"a whole number up to {most}"
             elif f.type is bool:
                 right, wanted = type(v) is bool, "true or false"
             elif f.type is tuple:
-                right = v and all(type(t) is int and 0 <= t < self.vocab_size for t in v)
+                right = all(type(t) is int and 0 <= t < self.vocab_size for t in v)
                 wanted = "ids of the vocabulary"
             else:                                # a number, or the numbers of rope_scaling
                 numbers = [v] if f.type is float else [x for k, x in (v or {}).items() if k != "rope_type"]
@@ -325,7 +326,7 @@ class Llama(nn.Module):
         0 is greedy; top_k > 0 samples among the k likeliest. Ends when every row has met an end-of-sequence
         token; a row that ended earlier is filled up with it. on_token gets each step's tokens (B, 1).
         """
-        eos = torch.tensor(self.config.eos_token_id, device=tokens.device)
+        eos = torch.tensor(self.config.eos_token_id, dtype=torch.long, device=tokens.device)
         (B, T), rows, generated = tokens.shape, torch.arange(len(tokens), device=tokens.device), []
         lengths = torch.full_like(rows, T) if lengths is None else lengths.clone()
         real = torch.arange(T, device=tokens.device) < lengths[:, None]              # (B, T)
@@ -345,7 +346,7 @@ class Llama(nn.Module):
                 new = torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
             else:
                 new = logits.argmax(-1, keepdim=True)                                # (B, 1)
-            new = torch.where(ended[:, None], eos[0], new)
+            new = torch.where(ended[:, None], generated[-1], new) if generated else new
             generated.append(new)
             if on_token:
                 on_token(new)
@@ -366,23 +367,57 @@ SCALING = {"linear": {"factor": 1.0},
            "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                       "original_max_position_embeddings": 8192}}                     # Llama 3.1's
 # what config.json may say for the model to be the one built here; the first value is what a missing key means
-KNOWN = {"rope_type": ("default", *SCALING), "partial_rotary_factor": (1.0,), "hidden_act": ("silu",),
+KNOWN = {"rope_type": ("default", *SCALING), "partial_rotary_factor": (1.0,), "hidden_act": ("silu", "swish"),
          "attention_bias": (False,), "mlp_bias": (False,), "quantization_config": (None,)}
+META_KEYS = """dim n_layers n_heads n_kv_heads head_dim hidden_dim vocab_size multiple_of ffn_dim_multiplier
+    norm_eps rope_theta use_scaled_rope max_seq_len max_batch_size""".split()  # of Llama 1 to 3's params.json
 META_NAMES = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_norm": "input_layernorm",
               "ffn_norm": "post_attention_layernorm", "feed_forward.w1": "mlp.gate_proj",
               "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
               **{f"attention.w{x}": f"self_attn.{x}_proj" for x in "qkvo"}}
+BUFFERS = re.compile(r"rotary_emb\.\w+$|\bposition_ids$|^rope\.freqs$")         # in old files; computed here
+# what training wraps around a Llama: torch.compile and FSDP within a name, DDP and Lightning in front of it;
+# and the keys under which whole checkpoints hold the weights
+WRAPPERS = re.compile(r"\b_\w+\.|^.*\.(?=model\.(?:embed_tokens|layers|norm)\.|lm_head\.)")
+STATES = ("state_dict", "model_state_dict", "model", "module")
 
 
 def read_json(path):
-    """The JSON object in a file, or an InputError that names the file."""
+    """The JSON object in a file, without what is null, or an InputError that names the file."""
     try:
-        value = json.loads(Path(path).read_text("utf-8"))
+        value = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=lambda pairs: {
+            k: v for k, v in pairs if v is not None})
     except (OSError, ValueError, RecursionError) as e:
-        raise InputError(f"{path}: cannot be read as JSON ({e})") from None
+        raise InputError(f"{path}: {foreign(path) or f'cannot be read as JSON ({e})'}") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object")
     return value
+
+
+def instead(folder):
+    """What a folder without a model seems to be, and the way out."""
+    if (peft := folder / "adapter_config.json").is_file():
+        return ("it is a PEFT adapter: merge it with PEFT into its base, "
+                f"{read_json(peft).get('base_model_name_or_path')}, or give that base alone")
+    if below := sorted(p.parent for pattern in ("*/config.json", "*/*/config.json", "*/params.json")
+                       for p in folder.glob(pattern)):
+        return f"perhaps {below[-1]} is meant"
+    if not folder.is_dir():
+        return (foreign(folder) or "it is no folder") + (
+            "; a model of the Hugging Face Hub is fetched with: hf download NAME --local-dir FOLDER")
+    names = [p.name + " (a broken link)" * (not p.exists()) for p in sorted(folder.iterdir())]
+    return f"it holds: {', '.join(names[:10]) or 'nothing'}"
+
+
+def read_ids(path, raw, key, size):
+    """The ids under key, a number or a list; those beyond the vocabulary are ignored, with a word."""
+    ids = raw.get(key, [])
+    ids = ids if isinstance(ids, list) else [ids]
+    if any(type(i) is not int for i in ids):
+        raise InputError(f"{path}: {key} is {raw[key]!r}, not ids of the vocabulary")
+    if wrong := [i for i in ids if type(size) is int and not 0 <= i < size]:
+        print(f"{path}: {key} {wrong} is not in the vocabulary and ignored")
+    return [i for i in ids if i not in wrong]
 
 
 def read_config(folder):
@@ -391,32 +426,34 @@ def read_config(folder):
     raw = read_json(path)
     if raw.get("model_type") != "llama":
         raise InputError(f"{path}: model_type is {raw.get('model_type')!r}; only 'llama' is supported")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}  # transformers 5, and before
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: the rotary settings are {rope!r}, not an object")
-    rope = {"rope_theta": raw.get("rope_theta"), "rope_type": rope.get("type", "default"), **rope}
+    if "auto_map" in raw:
+        print(f"{path}: names code of its own (auto_map), which is not run: this is a plain Llama")
+    for place in ("rope_scaling", "rope_parameters"):    # of transformers before 5, and since
+        if not isinstance(rope := raw.pop(place, {}), dict):
+            raise InputError(f"{path}: {place} is {rope!r}, not an object")
+        for key, value in rope.items():
+            key = "rope_type" if key == "type" else key
+            if raw.setdefault(key, value) != value:
+                raise InputError(f"{path}: {key} is {raw[key]!r} and, in {place}, {value!r}; delete one")
     for key, known in KNOWN.items():
-        value = rope.get(key, raw.get(key, known[0]))
+        value = raw.get(key, known[0])
         if value not in known:
             raise InputError(f"{path}: {key} is {value!r}; only {' or '.join(map(repr, known))} is supported")
-    try:
-        heads, theta, scaling = raw["num_attention_heads"], rope["rope_theta"] or 10000.0, None
-        sizes = {k: raw[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers")}
-        if rope["rope_type"] in SCALING:
-            scaling = {k: rope[k] for k in ("rope_type", *SCALING[rope["rope_type"]])}
-    except KeyError as e:
-        raise InputError(f"{path}: {e} is missing") from None
-    optional = ("num_key_value_heads", "head_dim", "rms_norm_eps", "tie_word_embeddings",
-                "max_position_embeddings", "bos_token_id")
-    optional = {k: raw[k] for k in optional if raw.get(k) is not None}
+    scaling, width, heads = (raw.get(k) for k in ("rope_type", "hidden_size", "num_attention_heads"))
+    raw = {"original_max_position_embeddings": raw.get("max_position_embeddings", 2048),
+           "num_key_value_heads": heads,         # LlamaConfig refuses what is no number
+           "head_dim": width // heads if heads and type(width) is type(heads) is int else 1} | raw
+    needed = [f.name for f in fields(LlamaConfig) if f.default is MISSING] + [*SCALING.get(scaling, ())]
+    if absent := [key for key in needed if key not in raw]:
+        raise InputError(f"{path}: {absent[0]!r} is missing")
+    if scaling in SCALING:
+        raw["rope_scaling"] = {key: raw[key] for key in ("rope_type", *SCALING[scaling])}
     # both files may name ends, and they differ: Llama-3-8B-Instruct's end of a turn is in the second alone
-    ends = [d.get("eos_token_id") for d in (raw, read_json(generation) if generation.is_file() else {})]
-    ends = [i for e in ends if e is not None for i in (e if isinstance(e, list) else [e])]
-    ends = tuple(e for i, e in enumerate(ends) if e not in ends[:i])
-    if type(sizes["hidden_size"]) is type(heads) is int and heads:   # LlamaConfig refuses others
-        optional = {"head_dim": sizes["hidden_size"] // heads} | optional
-    return {"num_attention_heads": heads, "num_key_value_heads": heads, "head_dim": 1, "rope_theta": theta,
-            "rope_scaling": scaling, "eos_token_id": ends or (2,)} | sizes | optional
+    begin, ends = (read_ids(path, raw, f"{x}os_token_id", raw["vocab_size"]) for x in "be")
+    if generation.is_file():
+        ends += read_ids(generation, read_json(generation), "eos_token_id", raw["vocab_size"])
+    raw |= {"bos_token_id": (begin or [1])[0], "eos_token_id": tuple(dict.fromkeys(ends))}
+    return {f.name: raw[f.name] for f in fields(LlamaConfig) if f.name in raw}
 
 
 def read_safetensors(path):
@@ -433,6 +470,8 @@ def read_safetensors(path):
         header = json.loads(bytes(raw[8:8 + n]))
         header.pop("__metadata__", None)
         for name, entry in header.items():
+            if BUFFERS.search(name):
+                continue
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{name} is {entry['dtype']}; {PLAIN_TENSORS}")
             dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
@@ -441,7 +480,7 @@ def read_safetensors(path):
                 raise ValueError(f"{name} lies outside the file or has another size than its shape says")
             tensors[name] = torch.from_numpy(raw[8 + n + start:8 + n + stop]).view(dtype).view(shape)
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as e:
-        raise InputError(f"{path}: not a readable safetensors file ({e})") from None
+        raise InputError(f"{path}: {foreign(path) or f'not a readable safetensors file ({e})'}") from None
     return tensors
 
 
@@ -462,18 +501,20 @@ def write_safetensors(tensors, path):
 def read_pickle(path, mapped=False):
     """What torch.save wrote, if that is tensors and plain values; what would run code is refused, not run.
 
-    mapped: tensors stay in the file until they are used. Otherwise its checksums must fit.
+    mapped: tensors stay in the file until they are used, unless it is of a torch before 1.6. Otherwise its
+    checksums must fit.
     """
     try:
         if not mapped:
             with zipfile.ZipFile(path) as archive:           # torch.load never looks at the checksums
                 if archive.testzip():
                     raise ValueError
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        return torch.load(path, map_location="cpu", weights_only=True,
+                          mmap=mapped and zipfile.is_zipfile(path))
     except Exception as e:                       # torch raises anything from EOFError to UnpicklingError here
         wanted = re.search(r"GLOBAL (\S+)", str(e))
         why = (f"it holds code, {wanted[1]}, which is not run" if wanted else
-               "damaged, foreign or of an old torch")
+               foreign(path) or "damaged or foreign")
         raise InputError(f"{path}: not a readable file of tensors ({why})") from None
 
 
@@ -483,40 +524,50 @@ def plain(name, t):
         t.layout is torch.strided and not t.is_meta)
 
 
-def read_tensors(path):
-    """name -> memory-mapped tensor of a .safetensors, .bin or .pth file."""
-    if not path.is_file():
-        raise InputError(f"{path.parent}: {path.name} is missing")
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    tensors = read_pickle(path, mapped=True)
-    for name, t in tensors.items() if isinstance(tensors, dict) else [("its content", tensors)]:
-        if not plain(name, t):
-            raise InputError(f"{path}: {name} is {getattr(t, 'dtype', type(t).__name__)}; {PLAIN_TENSORS}")
+def read_tensors(*paths):
+    """name -> memory-mapped tensor of .safetensors, .bin or .pth files, under the names of a bare Llama."""
+    tensors = {}
+    for path in paths:
+        if not path.is_file():
+            raise InputError(f"{path.parent}: {path.name} is missing")
+        found = read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path, mapped=True)
+        found = found if isinstance(found, dict) else {"its content": found}
+        for name, t in next((found[k] for k in STATES if isinstance(found.get(k), dict)), found).items():
+            if BUFFERS.search(str(name)):
+                continue
+            if not plain(name, t):
+                kind = getattr(t, "dtype", type(t).__name__)
+                raise InputError(f"{path}: {name} is {kind}; {PLAIN_TENSORS}")
+            if (name := WRAPPERS.sub("", name)) in tensors:
+                raise InputError(f"{path}: {name} is there twice")
+            tensors[name] = t
     return tensors
 
 
-def open_weights(folder):
-    """name -> tensor of a Hugging Face folder, memory-mapped; old rotary buffers are left out."""
-    folder, names, digits = Path(folder), [], 5 * "[0-9]"
+def weight_files(folder):
+    """The files that hold the weights of a Hugging Face folder; none: []."""
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        if (folder / f"{stem}.{suffix}").is_file():
-            names = [f"{stem}.{suffix}"]
-        elif (index := folder / f"{stem}.{suffix}.index.json").is_file():
+        if (whole := folder / f"{stem}.{suffix}").is_file():
+            return [whole]
+        if (index := folder / f"{stem}.{suffix}.index.json").is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{index}: weight_map is missing or no object")
-            names = sorted({Path(str(name)).name for name in weight_map.values()})  # follow no path in a file
-        elif shards := sorted(folder.glob(f"{stem}-{digits}-of-{digits}.{suffix}")):
-            n = shards[0].stem[-5:]
-            names = [f"{stem}-{i:05}-of-{n}.{suffix}" for i in range(1, int(n) + 1)]
-        if names:
-            break
-    else:
-        raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, "
-                         "whole or in shards")
-    return {name: t for file in names for name, t in read_tensors(folder / file).items()
-            if not name.endswith("rotary_emb.inv_freq")}
+            return sorted({folder / Path(str(name)).name for name in weight_map.values()})  # follow no path
+        shards = {(len(m[1]), m[2]) for p in folder.glob(f"{stem}-*.{suffix}")
+                  if (m := re.fullmatch(stem + r"-(\d+)-of-(\d{1,6})", p.stem))}
+        if shards:
+            return [folder / f"{stem}-{i:0{digits}}-of-{n}.{suffix}"
+                    for digits, n in sorted(shards) for i in range(1, int(n) + 1)]
+    return []
+
+
+def open_weights(folder):
+    """name -> tensor of a Hugging Face folder, memory-mapped."""
+    if files := weight_files(folder := Path(folder)):
+        return read_tensors(*files)
+    raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in "
+                     f"shards; {instead(folder)}")
 
 
 def open_meta(folder):
@@ -524,13 +575,17 @@ def open_meta(folder):
 
     params.json leaves out or hides (-1) what the tensors tell: vocabulary, width of the MLP, key/value heads.
     """
-    raw = read_json(folder / "params.json")
+    path = folder / "params.json"
+    raw = read_json(path)
     raw = next((v for v in raw.values() if isinstance(v, dict) and "dim" in v), raw)       # some are nested
+    if unknown := [k for k in raw if k not in META_KEYS and raw[k]]:
+        raise InputError(f"{path}: {', '.join(unknown)} is not of Llama 1 to 3, which alone are supported")
+    files = sorted(folder.glob("consolidated*.pth")) or sorted(folder.glob("consolidated*.safetensors"))
+    shards = [read_tensors(file) for file in files or [folder / "consolidated.00.pth"]]
     try:
-        C, H, first = raw["dim"], raw["n_heads"], read_tensors(folder / "consolidated.00.pth")
+        C, H, first = raw["dim"], raw["n_heads"], shards[0]
         D = raw.get("head_dim") or C // H
-        n = max(1, H * D // len(first["layers.0.attention.wq.weight"]))                    # shards
-        shards = [first, *(read_tensors(folder / f"consolidated.{i:02}.pth") for i in range(1, n))]
+        n = max(1, H * D // len(first["layers.0.attention.wq.weight"]))
         embedding = first["tok_embeddings.weight"]   # Llama 1 and 2 cut it by columns, Llama 3 by rows
         V = len(embedding) * (n if embedding.shape[1] == C else 1)
         # Llama 3.2 (1B and 3B, narrower than all others) stretches by 32; its file does not say so
@@ -548,13 +603,16 @@ def open_meta(folder):
             tie_word_embeddings=first.get("output.weight", embedding).data_ptr() == embedding.data_ptr(),
             **(llama3 if V == 128256 else {"max_position_embeddings": 4096}))
     except (LookupError, TypeError, ZeroDivisionError) as e:
-        raise InputError(f"{folder}: {e} is missing or wrong in params.json or consolidated.00.pth") from None
+        raise InputError(f"{folder}: {e} is missing or wrong in params.json or {files[0].name}") from None
+    if n != len(shards):
+        raise InputError(f"{folder}: the model was cut into {n} shards, but there are {len(shards)}: "
+                         f"{', '.join(file.name for file in files)}")
 
     def renamed(name):
         for theirs, ours in META_NAMES.items():
             name = name.replace(theirs, ours)
         return name if name.startswith("lm_head") else f"model.{name}"
-    names = {name for shard in shards for name in shard} - {"rope.freqs"}
+    names = {name for shard in shards for name in shard}
     return values, {renamed(name): [shard[name] for shard in shards if name in shard] for name in names}
 
 
@@ -580,27 +638,40 @@ def materialise(model, device, dtype):
         layer.reset_adapter()
 
 
-def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32):
-    """The Llama in a Hugging Face or Meta folder, with fresh adapters in fp32.
-
-    Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
-    unexpected or a shape differs, before anything is allocated.
-    """
-    folder = Path(folder)
-    meta = not (folder / "config.json").is_file()
-    if meta and not (folder / "params.json").is_file():
-        raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is there")
+def open_llama(folder):
+    """(LlamaConfig, name -> its parts, whether q and k are Meta's) of a folder of either kind."""
+    hub, meta = ((folder / name).is_file() for name in ("config.json", "params.json"))
+    if not hub and not meta:
+        raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is there; "
+                         f"{instead(folder)}")
+    meta = meta and not (hub and weight_files(folder))           # a Meta folder may hold a config.json, too
     values, weights = open_meta(folder) if meta else (
         read_config(folder), {name: [t] for name, t in open_weights(folder).items()})
     try:
         config = LlamaConfig(**values)
     except InputError as e:
         raise InputError(f"{folder / ('params.json' if meta else 'config.json')}: {e}") from None
+    if (folder / "adapter_config.json").is_file():
+        print(f"{folder}: the PEFT adapter beside the model (adapter_config.json) is not used")
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        head = weights.pop("lm_head.weight")
+        embedding = weights.setdefault("model.embed_tokens.weight", head)    # some files hold the head alone
+        if not all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(head, embedding)):
+            print(f"{folder}: lm_head.weight is used: it is not the embedding to which it should be tied")
+            config, weights["lm_head.weight"] = replace(config, tie_word_embeddings=False), head
+    return config, weights, meta
+
+
+def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32):
+    """The Llama in a Hugging Face or Meta folder, with fresh adapters in fp32.
+
+    Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
+    unexpected or a shape differs, before anything is allocated; and if a value is inf or NaN.
+    """
+    config, weights, meta = open_llama(folder := Path(folder))
     with torch.device("meta"):
         model = Llama(config, adapter)
     own = model.base_parameters()
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)      # some files hold it although it is the embedding
     missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
     if missing or unexpected:
         raise InputError(f"{folder}: not the weights of its config: missing {missing[:10]}, "
@@ -616,6 +687,8 @@ def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32):
             target = target.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)      # halves here
         for part, piece in zip(weights[name], target.chunk(*cut_of(weights[name], p.shape))):
             piece.copy_(part.detach().reshape(piece.shape))
+        if not torch.stack(p.detach().aminmax()).isfinite().all():
+            raise InputError(f"{folder}: {name} holds inf or NaN")
     return model
 
 
@@ -626,7 +699,7 @@ def save_llama(model, folder):
     config = asdict(model.config)
     eos = config["eos_token_id"]
     config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
-               "eos_token_id": eos[0] if len(eos) == 1 else list(eos), "attention_bias": False,
+               "eos_token_id": eos[0] if len(eos) == 1 else list(eos) or None, "attention_bias": False,
                "mlp_bias": False, "torch_dtype": str(model.lm_head.weight.dtype)[6:]}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_safetensors(model.base_parameters(), folder / "model.safetensors")

@@ -33,7 +33,8 @@ from teamlora import (METHODS, AdapterConfig, InputError, MoELoRALinear, TeamLoR
 
 # head_dim unlike width / heads, odd vocabulary
 TINY = LlamaConfig(vocab_size=101, hidden_size=48, intermediate_size=56, num_hidden_layers=3,
-                   num_attention_heads=6, num_key_value_heads=2, head_dim=10, rope_theta=500.0)
+                   num_attention_heads=6, num_key_value_heads=2, head_dim=10, rms_norm_eps=1e-5,
+                   rope_theta=500.0)
 
 
 def tiny(method="teamlora", config=TINY, dtype=torch.float32, **adapter):

@@ -741,11 +741,11 @@ def peak_memory_mb():
 def prepare(cfg, saved=None):
     """(model, tokenizer, fingerprint of the base); the model has the saved adapter if there is one."""
     device, dtype = device_and_dtype(cfg)
-    folder = cfg.init_from or BUILT_IN_BASE
+    folder = Path(os.path.expanduser(cfg.init_from or BUILT_IN_BASE))
     join_processes(device)
     torch.manual_seed(cfg.seed)
     model = load_llama(folder, cfg.adapter, device, dtype)
-    tokenizer = data.open_tokenizer(folder, model.config.eos_token_id[0])
+    tokenizer = data.open_tokenizer(folder, next(iter(model.config.eos_token_id), None))
     if tokenizer.size > model.config.vocab_size:
         raise InputError(f"{tokenizer.path} has {tokenizer.size} pieces, the model only "
                          f"{model.config.vocab_size} embeddings")

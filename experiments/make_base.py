@@ -279,7 +279,8 @@ def new_llama(vocab_size, layers, width):
     C = width
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=C, intermediate_size=8 * C // 3 // 16 * 16,
                          num_hidden_layers=layers, num_attention_heads=C // 32, num_key_value_heads=C // 32,
-                         head_dim=32, rope_theta=100.0, tie_word_embeddings=True, max_position_embeddings=256)
+                         head_dim=32, rms_norm_eps=1e-5, rope_theta=100.0, tie_word_embeddings=True,
+                         max_position_embeddings=256)
     model = Llama(config, AdapterConfig(method="full"))
     model.init_weights()
     start_looking(model)

@@ -7,12 +7,14 @@ BAD is the list of what is refused: flags, rows, Llama folders, adapters and che
 what stands on the command line and what the error must say. Each docstring says which break the test catches.
 """
 
+import gzip
 import io
 import json
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -41,7 +43,10 @@ FLAGS |= {
     "--max_length=9 --max_tokens=99": "built-in texts", "--out_dir={bad}/half.json": "must be a folder",
     "--data={bad}/none.json": "cannot be read", "--data={bad}/half.json,": "a name is missing",
     "--data={bad}/adapter_code": "no .json or .jsonl file",
-    "--init_from={bad}/half.json": "neither config.json",
+    "--init_from={bad}/half.json": "it is no folder; a model of the Hugging Face Hub is fetched with",
+    "--init_from=meta-llama/Llama-2-7b-hf": "fetched with: hf download NAME --local-dir FOLDER",
+    "--init_from={bad}/gguf/llama.gguf": "llama.cpp's GGUF; take the Hugging Face folder",
+    "--init_from=~/no_such": str(Path.home() / "no_such"), "--init_from=~no_one/x": "~no_one/x",
     "--data={bad}/half.json --out_dir={bad}/new": "row 2", "--resume --steps=21": "--steps=21 contradicts",
     "--init_from={bad}/nowhere": "nowhere: neither config.json",
     "--mode=eval --rank=3": "--rank=3 contradicts",
@@ -73,8 +78,8 @@ CONFIG = [  # a key of config.json, its value; None: it is missing
     ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_theta", -1),
     ("num_attention_heads", None), ("rope_theta", 10 ** 400), ("num_attention_heads", 3), ("head_dim", 31),
     ("hidden_size", "64"), ("num_hidden_layers", 10 ** 9), ("vocab_size", -1), ("rms_norm_eps", "1e-5"),
-    ("eos_token_id", [10 ** 6]), ("tie_word_embeddings", 1), ("partial_rotary_factor", 0.5),
-    ("eos_token_id", [[1]]),
+    ("bos_token_id", "<s>"), ("tie_word_embeddings", 1), ("partial_rotary_factor", 0.5),
+    ("eos_token_id", [[1]]), ("eos_token_id", True), ("max_position_embeddings", 0), ("head_dim", 0),
     ("quantization_config", {"load_in_4bit": True})]
 
 
@@ -98,6 +103,8 @@ def endless(_):
 
 
 SAFE, PICKLE, PIECES = "model.safetensors", "pytorch_model.bin", "tokenizer.model"
+NOTHING = {"config.json": None, SAFE: None, PIECES: None}
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 # Llama folder: what is said, {file: what it holds; None: it is missing; a function: of the good file; a dict:
 # what differs in config.json or among the weights}
 FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value) in enumerate(CONFIG)} | {
@@ -105,7 +112,13 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "half_scaled": ("'low_freq_factor' is missing", {
         "config.json": {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}}),
     "scaled": ("not positive numbers", {"config.json": {"rope_scaling": {"type": "linear", "factor": "8"}}}),
-    "rope": ("the rotary settings are [1]", {"config.json": {"rope_scaling": [1]}}),
+    "rope": ("rope_scaling is [1], not an object", {"config.json": {"rope_scaling": [1]}}),
+    "theta_twice": ("rope_theta is 100.0 and, in rope_parameters, 5;", {
+        "config.json": {"rope_parameters": {"rope_theta": 5}}}),
+    "scaled_twice": ("rope_type is 'linear' and, in rope_parameters, 'default';", {"config.json": {
+        "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}}),
+    "type_twice": ("rope_type is 'linear' and, in rope_scaling, 'llama3';", {
+        "config.json": {"rope_scaling": {"type": "linear", "rope_type": "llama3", "factor": 2.0}}}),
     "no_heads": ("config.json: num_attention_heads is 0", {
         "config.json": {"num_attention_heads": 0, "head_dim": None}}),
     "no_config": ("neither config.json (Hugging Face) nor params.json", {"config.json": None}),
@@ -124,11 +137,41 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "unexpected": ("unexpected ['model.norm.bias']", {PICKLE: {"model.norm.bias": torch.ones(64)}}),
     "shape": ("model.norm.weight has shape (47,)", {PICKLE: {"model.norm.weight": torch.ones(47)}}),
     "generation": ("generation_config.json: cannot be read", {"generation_config.json": "{"}),
+    "ends": ("generation_config.json: eos_token_id is ['x'], not ids", {
+        "generation_config.json": '{"eos_token_id": ["x"]}'}),
+    "lfs": (f"{SAFE}: a Git LFS pointer", {SAFE: LFS}), "lfs_bin": ("a Git LFS pointer", {PICKLE: LFS}),
+    "lfs_json": ("config.json: a Git LFS pointer", {"config.json": LFS}),
+    "lfs_index": (f"{SAFE}.index.json: a Git LFS pointer", {SAFE: None, f"{SAFE}.index.json": LFS}),
+    "gzip": (f"{SAFE}: compressed; unpack it", {SAFE: gzip.compress(b"x")}),
+    "page": (f"{SAFE}: a server's answer", {SAFE: "<!doctype html>\n"}),
+    "gated": ("config.json: a server's answer", {"config.json": "Access to model x/y is restricted."}),
+    "utf16": ("config.json: text in UTF-16", {"config.json": "{}".encode("utf-16")}),
+    "peft": ("it is a PEFT adapter: merge it with PEFT into its base, x/y,", NOTHING | {
+        "adapter_config.json": '{"base_model_name_or_path": "x/y"}', "adapter_model.safetensors": ""}),
+    "peft_half": ("it is a PEFT adapter", {SAFE: None, "adapter_config.json": "{}"}),
+    "hub": ("hub/snapshots/1 is meant", NOTHING | {"snapshots/1/config.json": "{}"}),
+    "trainer": ("trainer/checkpoint-5 is meant", NOTHING | {"checkpoint-5/config.json": "{}"}),
+    "original": ("original/original is meant", NOTHING | {"original/params.json": "{}"}),
+    "gguf": ("it holds: llama.gguf", NOTHING | {"llama.gguf": "GGUF"}),
+    "hub_gguf": (f"it holds: config.json, llama.gguf, {PIECES}", {SAFE: None, "llama.gguf": "GGUF"}),
+    "twice": ("model.norm.weight is there twice", {PICKLE: {"module.model.norm.weight": torch.ones(64)}}),
+    "two_saves": ("a is there twice", {SAFE: None, "model-00001-of-00001.safetensors": header(),
+                                       "model-00001-of-000001.safetensors": header()}),
+    "unmerged": ("unexpected ['model.layers.0.mlp.up_proj.lora_A.default.weight']", {
+        PICKLE: {"model.layers.0.mlp.up_proj.lora_A.default.weight": torch.ones(2, 64)}}),
+    "zero3": ("model.norm.weight has shape (0,)", {PICKLE: {"model.norm.weight": torch.ones(0)}}),
+    "no_head": ("missing ['lm_head.weight']", {"config.json": {"tie_word_embeddings": False}}),
+    "fp8": ("a is F8_E4M3; only", {SAFE: header(dtype="F8_E4M3")}),
+    "nan": ("model.norm.weight holds inf or NaN", {
+        PICKLE: {"model.norm.weight": torch.full((64,), math.nan)}}),
+    "inf": ("layers.1.input_layernorm.weight holds inf", {
+        PICKLE: {"model.layers.1.input_layernorm.weight": torch.tensor(63 * [1] + [-math.inf])}}),
     "index": ("weight_map is missing", {SAFE: None, f"{SAFE}.index.json": '{"weight_map": 1}'}),
     "path": ("path: b is missing", {SAFE: None, f"{SAFE}.index.json": '{"weight_map": {"a": "../b"}}'}),
     "shard": ("model-00001-of-00002.safetensors is missing", {
         SAFE: None, "model-00002-of-00002.safetensors": b""}),
-    "nested": ("model is dict; only tensors", {PICKLE: {"model": {}}}),
+    "nested": ("missing ['model.embed_tokens", {PICKLE: {"model": {}}}),
+    "nested_more": ("opt is dict; only tensors", {PICKLE: {"opt": {}}}),
     "integers": ("model.norm.weight is torch.int64; only", {
         PICKLE: {"model.norm.weight": torch.ones(64).long()}}),
     "code": ("it holds code, exec", {PICKLE: {"model.norm.weight": Code()}}),
@@ -212,6 +255,14 @@ def test_bad_input_is_one_line_and_writes_nothing(finished, base, bad, flags, sa
     text = str(stop.value)
     assert text.startswith("error: ") and said in text and text.isprintable() and len(text) <= 1010
     assert files_in(finished[0], base, bad) == before
+
+
+def test_a_hub_folder_copied_without_its_blobs_says_so(base, tmp_path):
+    """Catches links into the void that are called missing, as if nothing stood there."""
+    (tmp_path / "config.json").write_bytes((base / "config.json").read_bytes())
+    (tmp_path / SAFE).symlink_to("../../blobs/0")
+    with pytest.raises(SystemExit, match=r"it holds: config.json, model.safetensors \(a broken link\)"):
+        train.main([f"--init_from={tmp_path}", "--device=cpu"])
 
 
 def test_bad_input_from_a_shell(finished, base):

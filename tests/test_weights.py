@@ -25,7 +25,7 @@ from tests.conftest import Code
 def test_saved_llama_loads_to_the_same_logits(tmp_path):
     """Catches a lost or permuted key, a norm that is not read, a config that does not come back."""
     for tied in (False, True):
-        config = replace(TINY, tie_word_embeddings=tied, eos_token_id=(2, 7), rms_norm_eps=1e-6)
+        config = replace(TINY, tie_word_embeddings=tied, eos_token_id=(2, 7), rms_norm_eps=1e-4)
         model, folder = tiny("none", config), tmp_path / str(tied)
         model.model.norm.weight.data.normal_()
         save_llama(model, folder)
@@ -152,6 +152,75 @@ def test_tied_head_may_be_stored_twice(tmp_path):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def named(change):
+    """A folder's change that renames every weight."""
+    return {BIN: lambda weights: {change(name): t for name, t in weights.items()}}
+
+
+SAFE, BIN = "model.safetensors", "pytorch_model.bin"
+BUFFERS = {"model.layers.0.self_attn.rotary_emb.cos_cached": torch.ones(4, 5),
+           "position_ids": torch.arange(9)}
+# folder that others write: {file: what differs in config.json, or how the weights become what the file holds}
+DRESSED = {
+    "DDP": named("module.{}".format), "compiled": named("_orig_mod.{}".format),
+    "Lightning": named("model.{}".format), "multimodal": named("language_model.{}".format),
+    "DDP of compiled": named("module._orig_mod.{}".format),
+    "FSDP": named(lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module._orig_mod.")),
+    "model": {BIN: lambda weights: {"model": weights, "optimizer": {"a": torch.ones(1)}, "step": 3}},
+    "state_dict": {BIN: lambda weights: {"state_dict": weights}},
+    "DeepSpeed": {BIN: lambda weights: {"module": {f"module.{k}": t for k, t in weights.items()}}},
+    "buffers": {BIN: lambda weights: weights | BUFFERS},
+    "buffers, safe": {SAFE: lambda weights: weights | BUFFERS},
+    "six digits": {f"model-0000{i}-of-000002.safetensors": (
+        lambda weights, i=i: dict(list(weights.items())[i - 1::2])) for i in (1, 2)},
+    "swish, null, huge": {"config.json": {"hidden_act": "swish", "rope_scaling": None, "attention_bias": None,
+                                          "mlp_bias": None, "max_position_embeddings": 10 ** 18}},
+    "repeated": {"config.json": {"rope_theta": 500.0, "rope_scaling": None,
+                                 "rope_parameters": {"rope_theta": 500, "rope_type": "default"}}},
+    "ids beyond": {"config.json": {"bos_token_id": -1, "eos_token_id": [2, 101, -1]}}}
+
+
+def write_dressed(model, folder, changes):
+    """A Hugging Face folder with `changes`, of DRESSED's form; weights replace model.safetensors."""
+    save_llama(model, folder)
+    weights = {k: t.detach() for k, t in model.base_parameters().items()}
+    for name, change in changes.items():
+        if name == "config.json":
+            written = json.loads((folder / name).read_text()) | change
+            kept = {k: v for k, v in written.items() if v != "missing"}
+            (folder / name).write_text(json.dumps(kept))
+        else:
+            (folder / SAFE).unlink(missing_ok=True)
+            write = torch.save if name == BIN else write_any_safetensors
+            write(change(weights), folder / name)
+
+
+def write_any_safetensors(tensors, path):
+    """By the package itself, or ours that knows no integers."""
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        tensors, save_file = {k: t.float() for k, t in tensors.items()}, write_safetensors
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("kind", DRESSED)
+def test_every_dress_of_a_hugging_face_folder_gives_the_same_logits(tmp_path, kind):
+    """Catches a wrapper, a buffer or a spelling that is refused, or that changes what is loaded."""
+    write_dressed(model := tiny("none"), tmp_path, DRESSED[kind])
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text(), "utf-8-sig")           # Windows' editors put a mark in front
+    assert_same_logits(tmp_path, model)
+
+
+def test_files_of_an_old_torch_load(tmp_path):
+    """Catches the format before torch 1.6, which cannot be mapped, called damaged."""
+    save_llama(model := tiny("none"), tmp_path)
+    (tmp_path / SAFE).unlink()
+    torch.save(model.state_dict(), tmp_path / BIN, _use_new_zipfile_serialization=False)
+    assert_same_logits(tmp_path, model)
+
+
 EIGHT = replace(TINY, vocab_size=104, num_attention_heads=16, num_key_value_heads=8, head_dim=6)
 
 
@@ -175,9 +244,24 @@ def test_every_meta_layout_gives_the_same_logits(tmp_path, config, n_shards, axi
     assert_same_logits(tmp_path, model)
 
 
+@pytest.mark.parametrize("name", ["consolidated.00.pth", "consolidated.pth", "consolidated.safetensors"])
+def test_a_meta_folder_by_any_name_and_beside_a_config(tmp_path, name):
+    """Catches the same files called otherwise, and a config.json whose weights nobody has."""
+    write_meta(model := tiny("none"), tmp_path, 1, 1, {"rope_theta": 500.0})
+    weights = torch.load(tmp_path / "consolidated.00.pth")
+    (tmp_path / "consolidated.00.pth").unlink()
+    (write_safetensors if name.endswith("safetensors") else torch.save)(weights, tmp_path / name)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert_same_logits(tmp_path, model)
+
+
 @pytest.mark.parametrize("spoil, message", [
-    (lambda f, w: (f / "consolidated.01.pth").unlink(), "consolidated.01.pth is missing"),
-    (lambda f, w: (f / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing"),
+    (lambda f, w: (f / "consolidated.01.pth").unlink(), "2 shards, but there are 1: consolidated.00.pth"),
+    (lambda f, w: (f / "consolidated.00.pth").unlink(), "2 shards, but there are 1: consolidated.01.pth"),
+    (lambda f, w: [p.unlink() for p in f.glob("*.pth")], "consolidated.00.pth is missing"),
+    (lambda f, w: (f / "params.json").write_text(
+        '{"sliding_window": 9, "use_biases": false, "moe": {"a": 1}, ' + (f / "params.json").read_text()[1:]),
+     "params.json: sliding_window, moe is not of Llama 1 to 3"),
     (lambda f, w: (f / "params.json").write_text("{}"), "'dim' is missing"),
     (lambda f, w: (f / "params.json").write_text('{"dim": "48", "n_heads": 6}'), "wrong in params.json"),
     (lambda f, w: (f / "params.json").write_text(
@@ -303,13 +387,18 @@ def by_formula(config):
     return model, (torch.arange(100) * 37 % config.vocab_size)[None]
 
 
-def reference_logits(model, tokens, folder):
-    """Logits of transformers' Llama on what save_llama writes: the source of GOLDEN."""
+def transformers_logits(folder, tokens):
+    """Logits of transformers' Llama in a folder."""
     transformers = pytest.importorskip("transformers")
-    save_llama(model, folder)
     with torch.no_grad():
         model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
         return model.eval()(tokens).logits
+
+
+def reference_logits(model, tokens, folder):
+    """Those of what save_llama writes: the source of GOLDEN."""
+    save_llama(model, folder)
+    return transformers_logits(folder, tokens)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -329,3 +418,67 @@ def test_logits_equal_transformers_live(tmp_path, name):
     expected = reference_logits(model, tokens, tmp_path)
     with torch.no_grad():
         assert (load_llama(tmp_path)(tokens) - expected).abs().max() < 2e-4
+
+
+def with_head(weights, drop=()):
+    """The weights with a head that is not the embedding."""
+    weights = weights | {"lm_head.weight": weights["model.embed_tokens.weight"].flip(0).contiguous()}
+    return {k: t for k, t in weights.items() if k not in drop}
+
+
+TIED = {"tie_word_embeddings": True}
+AMBIGUOUS = {  # folder of which readers differ: (whether its head is tied here, its changes as in DRESSED)
+    "no rms_norm_eps": (False, {"config.json": {"rms_norm_eps": "missing"}}),
+    "tied, another head": (False, {"config.json": TIED, SAFE: with_head}),
+    "tied, the same head": (True, {"config.json": TIED, SAFE: lambda w: w | {
+        "lm_head.weight": w["model.embed_tokens.weight"].clone()}}),
+    "tied, the head alone": (True, {"config.json": TIED, SAFE: lambda w: with_head(
+        w, ["model.embed_tokens.weight"])}),
+    "llama3 without its length": (False, {"config.json": {"max_position_embeddings": 16, "rope_scaling": {
+        k: v for k, v in LONG.items() if k != "original_max_position_embeddings"}}}),
+    "llama3 at the top": (False, {"config.json": {"original_max_position_embeddings": 16, "rope_scaling": {
+        k: v for k, v in LONG.items() if k != "original_max_position_embeddings"}}}),
+    "two places": (False, {"config.json": {
+        "rope_theta": "missing", "rope_scaling": LINEAR | {"rope_theta": 70.0}, "rope_parameters": LINEAR}})}
+
+
+@pytest.mark.parametrize("kind", AMBIGUOUS)
+def test_ambiguous_folders_mean_what_transformers_takes_them_for(tmp_path, capsys, kind):
+    """Catches another default, a head that is dropped although it differs, a scaling that is read in part."""
+    tied, changes = AMBIGUOUS[kind]
+    model, tokens = by_formula(replace(TINY, rms_norm_eps=1e-4))
+    model.model.embed_tokens.weight.data *= 1e-3           # so small that rms_norm_eps is seen
+    write_dressed(model, tmp_path, changes)
+    loaded = load_llama(tmp_path)
+    with torch.no_grad():
+        assert (loaded(tokens) - transformers_logits(tmp_path, tokens)).abs().max() < 2e-4
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == tied
+    assert loaded.config.tie_word_embeddings == tied
+    assert ("lm_head.weight is used" in capsys.readouterr().out) == (kind == "tied, another head")
+
+
+@pytest.mark.parametrize("own, generation, ends, said", [
+    (2, 2, (2,), ""), ([2, 9], [9, 3], (2, 9, 3), ""), (None, None, (), ""), (None, 3, (3,), ""),
+    (-1, 3, (3,), "config.json: eos_token_id [-1] is not in the vocabulary"),
+    (2, [101, 3], (2, 3), "generation_config.json: eos_token_id [101] is not in the vocabulary")])
+def test_ends_come_from_both_files_if_they_can_be(tmp_path, capsys, own, generation, ends, said):
+    """Catches an end that is invented, ignored without a word, or blamed on the other file."""
+    save_llama(model := tiny("none"), tmp_path)
+    write_dressed(model, tmp_path, {"config.json": {"eos_token_id": own}})
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    loaded = load_llama(tmp_path)
+    out = capsys.readouterr().out
+    assert loaded.config.eos_token_id == ends and f"{tmp_path}/{said}" in out if said else not out
+    assert loaded.generate(torch.tensor([[5, 6]]), 4).shape[1] <= 4          # no end: all four
+    save_llama(loaded, tmp_path / "again")
+    (tmp_path / "again" / "generation_config.json").unlink(missing_ok=True)
+    assert load_llama(tmp_path / "again").config == loaded.config
+
+
+def test_what_lies_beside_a_model_is_spoken_of(tmp_path, capsys):
+    """Catches an adapter of PEFT, and code that a folder brings, ignored without a word."""
+    write_dressed(tiny("none"), tmp_path, {"config.json": {"auto_map": {"AutoModelForCausalLM": "a.B"}}})
+    (tmp_path / "adapter_config.json").write_text("{}")
+    load_llama(tmp_path)
+    out = capsys.readouterr().out
+    assert "the PEFT adapter beside the model" in out and "auto_map), which is not run" in out
