@@ -361,7 +361,6 @@ class Llama(nn.Module):
 # ---- Real weights: config.json and tensors (Hugging Face) or params.json and consolidated.*.pth (Meta)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-
 PLAIN_TENSORS = f"only tensors of {', '.join(DTYPES)} are supported, nothing quantised"
 SCALING = {"linear": {"factor": 1.0},
            "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -436,8 +435,7 @@ def read_config(folder):
             if raw.setdefault(key, value) != value:
                 raise InputError(f"{path}: {key} is {raw[key]!r} and, in {place}, {value!r}; delete one")
     for key, known in KNOWN.items():
-        value = raw.get(key, known[0])
-        if value not in known:
+        if (value := raw.get(key, known[0])) not in known:
             raise InputError(f"{path}: {key} is {value!r}; only {' or '.join(map(repr, known))} is supported")
     scaling, width, heads = (raw.get(k) for k in ("rope_type", "hidden_size", "num_attention_heads"))
     raw = {"original_max_position_embeddings": raw.get("max_position_embeddings", 2048),
@@ -501,7 +499,7 @@ def write_safetensors(tensors, path):
 def read_pickle(path, mapped=False):
     """What torch.save wrote, if that is tensors and plain values; what would run code is refused, not run.
 
-    mapped: tensors stay in the file until they are used, unless it is of a torch before 1.6. Otherwise its
+    mapped: tensors stay in the file until they are used, unless torch was older than 1.6. Otherwise its
     checksums must fit.
     """
     try:
@@ -544,28 +542,23 @@ def read_tensors(*paths):
     return tensors
 
 
-def weight_files(folder):
-    """The files that hold the weights of a Hugging Face folder; none: []."""
+def open_weights(folder):
+    """name -> tensor of a Hugging Face folder, memory-mapped."""
+    folder = Path(folder)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if (whole := folder / f"{stem}.{suffix}").is_file():
-            return [whole]
+            return read_tensors(whole)
         if (index := folder / f"{stem}.{suffix}.index.json").is_file():
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise InputError(f"{index}: weight_map is missing or no object")
-            return sorted({folder / Path(str(name)).name for name in weight_map.values()})  # follow no path
+            names = sorted({Path(str(name)).name for name in weight_map.values()})  # follow no path in a file
+            return read_tensors(*(folder / name for name in names))
         shards = {(len(m[1]), m[2]) for p in folder.glob(f"{stem}-*.{suffix}")
                   if (m := re.fullmatch(stem + r"-(\d+)-of-(\d{1,6})", p.stem))}
         if shards:
-            return [folder / f"{stem}-{i:0{digits}}-of-{n}.{suffix}"
-                    for digits, n in sorted(shards) for i in range(1, int(n) + 1)]
-    return []
-
-
-def open_weights(folder):
-    """name -> tensor of a Hugging Face folder, memory-mapped."""
-    if files := weight_files(folder := Path(folder)):
-        return read_tensors(*files)
+            return read_tensors(*(folder / f"{stem}-{i:0{digits}}-of-{n}.{suffix}"
+                                  for digits, n in sorted(shards) for i in range(1, int(n) + 1)))
     raise InputError(f"{folder}: neither model.safetensors nor pytorch_model.bin is there, whole or in "
                      f"shards; {instead(folder)}")
 
@@ -644,7 +637,8 @@ def open_llama(folder):
     if not hub and not meta:
         raise InputError(f"{folder}: neither config.json (Hugging Face) nor params.json (Meta) is there; "
                          f"{instead(folder)}")
-    meta = meta and not (hub and weight_files(folder))           # a Meta folder may hold a config.json, too
+    if hub and any(any(folder.glob(f"{stem}[.-]*")) for stem in ("model", "pytorch_model")):
+        meta = False                             # a Meta folder may hold a config.json, too
     values, weights = open_meta(folder) if meta else (
         read_config(folder), {name: [t] for name, t in open_weights(folder).items()})
     try:

@@ -171,7 +171,7 @@ DRESSED = {
     "DeepSpeed": {BIN: lambda weights: {"module": {f"module.{k}": t for k, t in weights.items()}}},
     "buffers": {BIN: lambda weights: weights | BUFFERS},
     "buffers, safe": {SAFE: lambda weights: weights | BUFFERS},
-    "six digits": {f"model-0000{i}-of-000002.safetensors": (
+    "six digits": {f"model-00000{i}-of-000002.safetensors": (
         lambda weights, i=i: dict(list(weights.items())[i - 1::2])) for i in (1, 2)},
     "swish, null, huge": {"config.json": {"hidden_act": "swish", "rope_scaling": None, "attention_bias": None,
                                           "mlp_bias": None, "max_position_embeddings": 10 ** 18}},
@@ -210,6 +210,7 @@ def test_every_dress_of_a_hugging_face_folder_gives_the_same_logits(tmp_path, ki
     write_dressed(model := tiny("none"), tmp_path, DRESSED[kind])
     config = tmp_path / "config.json"
     config.write_text(config.read_text(), "utf-8-sig")           # Windows' editors put a mark in front
+    (tmp_path / "params.json").write_text("{}")                  # Meta's, without Meta's weights
     assert_same_logits(tmp_path, model)
 
 
@@ -471,7 +472,8 @@ def test_ends_come_from_both_files_if_they_can_be(tmp_path, capsys, own, generat
     assert loaded.config.eos_token_id == ends and f"{tmp_path}/{said}" in out if said else not out
     assert loaded.generate(torch.tensor([[5, 6]]), 4).shape[1] <= 4          # no end: all four
     save_llama(loaded, tmp_path / "again")
-    (tmp_path / "again" / "generation_config.json").unlink(missing_ok=True)
+    written = json.loads((tmp_path / "again" / "config.json").read_text())["eos_token_id"]
+    assert written == (ends[0] if len(ends) == 1 else list(ends) or None)
     assert load_llama(tmp_path / "again").config == loaded.config
 
 
