@@ -377,7 +377,7 @@ META_NAMES = {"tok_embeddings": "embed_tokens", "output": "lm_head", "attention_
 BUFFERS = re.compile(r"rotary_emb\.\w+$|\bposition_ids$|^rope\.freqs$")         # in old files; computed here
 # what training wraps around a Llama: torch.compile and FSDP within a name, DDP and Lightning in front of it;
 # and the keys under which whole checkpoints hold the weights
-WRAPPERS = re.compile(r"\b_\w+\.|^.*\.(?=model\.(?:embed_tokens|layers|norm)\.|lm_head\.)")
+WRAPPERS = re.compile(r"^.*\.(?=model\.(?:_\w+\.)*(?:embed_tokens|layers|norm)\.|lm_head\.)|\b_\w+\.")
 STATES = ("state_dict", "model_state_dict", "model", "module")
 
 

@@ -165,6 +165,8 @@ DRESSED = {
     "DDP": named("module.{}".format), "compiled": named("_orig_mod.{}".format),
     "Lightning": named("model.{}".format), "multimodal": named("language_model.{}".format),
     "DDP of compiled": named("module._orig_mod.{}".format),
+    "compiled DDP": named("_orig_mod.module.{}".format),
+    "DDP, compiled inside": named(lambda name: "module." + name.replace("model.", "model._orig_mod.")),
     "FSDP": named(lambda name: name.replace("layers.1.", "layers.1._fsdp_wrapped_module._orig_mod.")),
     "model": {BIN: lambda weights: {"model": weights, "optimizer": {"a": torch.ones(1)}, "step": 3}},
     "state_dict": {BIN: lambda weights: {"state_dict": weights}},
