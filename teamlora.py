@@ -40,26 +40,6 @@ class InputError(ValueError):
     """What the user gave cannot be used: one sentence that names it and the way out. train.py prints it."""
 
 
-FOREIGN = {  # how files begin that are often found in another's place: what they are, and the way out
-    rb"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull in its folder",
-    rb"\s*<[!?\w]|Entry not found|Access to model|Invalid username":
-        "a server's answer, not the file itself; download it again, perhaps logged in",
-    rb"\x1f\x8b|BZh|\xfd7zXZ|\(\xb5/\xfd": "compressed; unpack it",
-    rb"PAR1|ARROW1": "a Parquet or Arrow table; write its rows as JSON lines",
-    rb"GGUF": "llama.cpp's GGUF; take the Hugging Face folder that it was made from",
-    rb"\xff\xfe|\xfe\xff": "text in UTF-16; save it as UTF-8"}
-
-
-def foreign(path):
-    """What a file that cannot be read really is, by its first bytes, with the way out; "" if unknown."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-    except OSError:
-        return ""
-    return next((what for begins, what in FOREIGN.items() if re.match(begins, head)), "")
-
-
 def flag(default, help, least=0, below=math.inf, choices=()):
     """A field of a configuration, which train.py makes a flag. A number lies in [least, below)."""
     return field(default=default, metadata={"help": help, "least": least, "below": below, "choices": choices})
@@ -322,6 +302,28 @@ def load_parameters(parameters, state):
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(state[name])
+
+
+# ---- Files that are not what they should be, for model.py and data.py
+
+FOREIGN = {  # how files begin that are often found in another's place: what they are, and the way out
+    rb"version https://git-lfs": "a Git LFS pointer, not the file itself; run git lfs pull in its folder",
+    rb"\s*<[!?\w]|Entry not found|Access to model|Invalid username":
+        "a server's answer, not the file itself; download it again, perhaps logged in",
+    rb"\x1f\x8b|BZh|\xfd7zXZ|\(\xb5/\xfd": "compressed; unpack it",
+    rb"PAR1|ARROW1": "a Parquet or Arrow table; write its rows as JSON lines",
+    rb"GGUF": "llama.cpp's GGUF; take the Hugging Face folder that it was made from",
+    rb"\xff\xfe|\xfe\xff": "text in UTF-16; save it as UTF-8"}
+
+
+def foreign(path):
+    """What a file that cannot be read really is, by its first bytes, with the way out; "" if unknown."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(64)
+    except OSError:
+        return ""
+    return next((what for begins, what in FOREIGN.items() if re.match(begins, head)), "")
 
 
 if __name__ == "__main__":
