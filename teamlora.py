@@ -78,11 +78,6 @@ class AdapterConfig:
 
 # ---- The layer and its rivals
 
-def softmax(logits):
-    """In fp32, for bf16 loses the small weights; the product R x accumulates in fp32 anyway."""
-    return torch.softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
-
-
 class TeamLoRALinear(nn.Linear):
     """Linear layer (..., in) -> (..., out) with a frozen `weight` and trainable experts (arXiv 2408.09856).
 
@@ -114,7 +109,7 @@ class TeamLoRALinear(nn.Linear):
 
     def gate(self, logits):
         """The competition: R x (..., E) -> the experts' weights w (..., E), in fp32 or float64."""
-        phi = softmax(logits)
+        phi = torch.softmax(logits, -1)
         w = phi + phi @ self.interaction.to(phi.dtype)
         # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which
         # would blow up the update or flip its sign. Below 0.1 it counts as 0.1: none grows more than tenfold.
@@ -133,7 +128,8 @@ class TeamLoRALinear(nn.Linear):
         # z = A x, logits = R x: they read the same x, so they are one product
         down = self.lora_A if self.router is None else torch.cat((self.lora_A, self.router))
         z, logits = F.linear(x, down.to(x.dtype)).split((len(self.lora_A), len(down) - len(self.lora_A)), -1)
-        # w = gate(R x)
+        # w = gate(R x), in fp32: bf16 loses the small weights
+        logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         w = self.gate(logits.view(*shape, logits.shape[-1]))                          # (..., E)
         # w_e dropout(z_e): alpha / r goes into the weights, which are E numbers a token instead of out
         z = F.dropout(z, self.adapter.dropout, self.training)
@@ -169,7 +165,7 @@ class LoRALinear(TeamLoRALinear):
 
     def gate(self, logits):
         """Ones; the logits are (..., 0)."""
-        return softmax(logits).new_ones(*logits.shape[:-1], self.adapter.n_experts)
+        return logits.new_ones(*logits.shape[:-1], self.adapter.n_experts)
 
 
 class MoELoRALinear(TeamLoRALinear):
@@ -183,7 +179,7 @@ class MoELoRALinear(TeamLoRALinear):
         self.interaction = None
 
     def gate(self, logits):
-        return softmax(logits)
+        return torch.softmax(logits, -1)
 
 
 class HydraLoRALinear(MoELoRALinear):
@@ -339,7 +335,7 @@ if __name__ == "__main__":
                         ("B, one column each", layer.lora_B)):
         show(name, value)
     for number, x in enumerate(torch.randn(2, 3), 1):
-        z, phi, w = layer.lora_A @ x, softmax(layer.router @ x), layer.gate(layer.router @ x)
+        z, phi, w = layer.lora_A @ x, torch.softmax(layer.router @ x, -1), layer.gate(layer.router @ x)
         parts = layer.lora_B * z * w             # column e: w_e B_e z_e
         print(f"\ntoken {number}")
         for name, value in (("x", x), ("z = A x, one number per expert", z), ("phi = softmax(R x)", phi),

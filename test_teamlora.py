@@ -125,7 +125,7 @@ GATES = {"teamlora": competed, "lora": lambda logits, M: [1.0] * len(logits),
 @pytest.mark.parametrize("E", [1, 2, 4, 8])
 @pytest.mark.parametrize("method", GATES)
 def test_gate_is_its_formula(method, E):
-    """Catches phi M^T in place of phi M, a sum of 1 in place of E, a gate in the base's bf16."""
+    """Catches phi M^T in place of phi M, a sum of 1 in place of E."""
     layer, logits = layer_of(method, E), 2 * torch.randn(6, E, dtype=torch.float64)
     M = None if layer.interaction is None else layer.interaction.tolist()
     given = logits[:, :0] if layer.router is None else logits
@@ -133,7 +133,15 @@ def test_gate_is_its_formula(method, E):
     assert difference(layer.gate(given), expected) < 1e-12, (
         f"{method} with {E} experts: {type(layer).__name__}.gate({logits[0].tolist()}) is "
         f"{layer.gate(given)[0].tolist()}, its formula says {expected[0].tolist()}")
-    assert layer.gate(given.bfloat16()).dtype == layer.gate(given.float()).dtype == torch.float32, method
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gate_is_in_fp32(method):
+    """Catches weights that are computed, or collected for the balance term, in the base's bf16."""
+    layer, x = layer_of(method, 4, torch.bfloat16), torch.randn(5, 11).bfloat16()
+    logits = torch.empty(5, 0) if layer.router is None else F.linear(x, layer.router).float()
+    w = weights_of(layer, x)
+    assert w.dtype == torch.float32 and torch.allclose(w, layer.gate(logits), rtol=1e-5), method
 
 
 @pytest.mark.parametrize("method", METHODS)
