@@ -113,7 +113,8 @@ class TeamLoRALinear(nn.Linear):
         w = phi + phi @ self.interaction.to(phi.dtype)
         # subtle: the sum is 1 + phi (M 1) and nothing constrains M, so it can reach 0 or turn negative, which
         # would blow up the update or flip its sign. Below 0.1 it counts as 0.1: none grows more than tenfold.
-        return self.adapter.n_experts * w / w.sum(-1, keepdim=True).clamp(min=0.1)
+        least = 0.1 / self.adapter.n_experts     # of the mean; threshold is clamp(min=..) in fewer kernels
+        return w / F.threshold(w.mean(-1, keepdim=True), least, least)                # (..., E), of mean 1
 
     def seen(self, z):
         """What each expert sees of z: (..., E*r) -> (..., E, r), its own slice."""
