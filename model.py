@@ -204,29 +204,30 @@ class Block(nn.Module):
 
 
 class KVCache:
-    """Keys and values of every attention layer so far, each (B, K, S, D).
+    """Keys and values of every attention layer, each (B, K, size, D), of which the first n columns are known.
 
     real (B, S): where a column is not padding, for prompts of different lengths; None: everywhere.
     """
 
-    def __init__(self, real=None):
-        self.layers, self.real = {}, real
+    def __init__(self, size, real=None):
+        self.layers, self.size, self.n, self.real = {}, size, 0, real
 
     def positions(self, tokens):
         """Where new tokens (B, T) stand: (T,), or (B, 1) for one more in rows of different lengths."""
-        start = next((k.shape[2] for k, _ in self.layers.values()), 0)
+        start, self.n = self.n, self.n + tokens.shape[1]
         if self.real is None or not start:
-            return torch.arange(start, start + tokens.shape[1], device=tokens.device)
+            return torch.arange(start, self.n, device=tokens.device)
         self.real = F.pad(self.real, (0, 1), value=True)                             # (B, S)
         return self.real.sum(1, keepdim=True) - 1
 
     def extend(self, layer, k, v):
         """All keys and values with the new ones; a mask (B, 1, 1, S) if a new token must not see padding."""
         mask = None if self.real is None or k.shape[2] > 1 else self.real[:, None, None]
-        if layer in self.layers:
-            k, v = (torch.cat(pair, 2) for pair in zip(self.layers[layer], (k, v)))
-        self.layers[layer] = k, v
-        return k, v, mask
+        if layer not in self.layers:
+            self.layers[layer] = k.new_empty(2, *k.shape[:2], self.size, k.shape[3])
+        known = self.layers[layer][:, :, :, :self.n]                                 # (2, B, K, S, D)
+        known[:, :, :, -k.shape[2]:] = torch.stack((k, v))
+        return *known, mask
 
 
 class Llama(nn.Module):
@@ -330,7 +331,7 @@ class Llama(nn.Module):
         (B, T), rows, generated = tokens.shape, torch.arange(len(tokens), device=tokens.device), []
         lengths = torch.full_like(rows, T) if lengths is None else lengths.clone()
         real = torch.arange(T, device=tokens.device) < lengths[:, None]              # (B, T)
-        cache = KVCache(None if real.all() else real) if use_cache else None
+        cache = KVCache(T + max_new_tokens, None if real.all() else real) if use_cache else None
         tokens = F.pad(tokens, (0, max_new_tokens))
         ended = torch.zeros(B, dtype=torch.bool, device=tokens.device)
         for i in range(max_new_tokens):
