@@ -42,13 +42,10 @@ class ShapleyConfig(train.Config):
 
 # ---- Which experts take part: changes for changed_weights
 
-def only(experts):
-    """Switch all experts off but these: their weights stay as they are, the others become 0."""
-    def change(w):
-        kept = torch.zeros_like(w)
-        kept[..., list(experts)] = w[..., list(experts)]
-        return kept
-    return change
+def only(experts, E, device="cpu"):
+    """Switch all of E experts off but these: their weights stay as they are, the others become 0."""
+    kept = torch.tensor([e in experts for e in range(E)], device=device)         # once: a GPU waits for it
+    return lambda w: w * kept
 
 
 def top(k):
@@ -95,6 +92,8 @@ def shapley_interactions(value):
 
 def rank_correlation(a, b):
     """Spearman's rank correlation of two vectors, ties sharing their rank; None if one is constant."""
+    if len(a) < 2:
+        return None
     ranks = [(x[:, None] > x).double().sum(1) + 0.5 * (x[:, None] == x).double().sum(1) for x in (a, b)]
     correlation = torch.corrcoef(torch.stack(ranks))[0, 1].item()
     return None if math.isnan(correlation) else correlation
@@ -107,8 +106,9 @@ def evaluate_coalitions(model, split, cfg):
     def each(task, routing, mask):               # sums over tokens
         weights[task] = weights.get(task, 0) + mean_usage(routing, mask).double() * mask.sum()       # (L, E)
         tokens[task] = tokens.get(task, 0) + mask.sum()
+    device = next(model.parameters()).device
     for index in range(full + 1):
-        with changed_weights(model, only(coalition(index))):
+        with changed_weights(model, only(coalition(index), cfg.n_experts, device)):
             results = train.evaluate(model, split, cfg.max_tokens, f"coalition {index + 1} of {full + 1}",
                                      each=each if index == full else None)
         for key, sign in (("accuracy", 1), ("loss", -1)):
@@ -129,9 +129,10 @@ def shapley(cfg, saved):
     result = {"tasks": list(split), "value": value, "shapley": worth, "usage": usage,
               "rank_correlation": {key: [rank_correlation(a, b) for a, b in zip(w, usage)]
                                    for key, w in worth.items()}, "interaction": pairs}
-    if M := [layer.interaction.detach().double().cpu() for _, layer in adapter_layers(model)
+    if M := [layer.interaction.detach() for _, layer in adapter_layers(model)
              if layer.interaction is not None]:
-        learned, upper = torch.stack(M).mean(0), torch.triu_indices(*pairs.shape, 1).unbind()
+        learned = torch.stack(M).cpu().double().mean(0)
+        upper = torch.triu_indices(*pairs.shape, 1).unbind()
         result |= {"learned_interaction": learned, "interaction_correlation": rank_correlation(
             pairs[upper], ((learned + learned.T) / 2)[upper])}
     text = json.dumps(result, default=torch.Tensor.tolist, indent=1, allow_nan=False) + "\n"

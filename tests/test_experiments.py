@@ -567,11 +567,11 @@ def test_experts_switched_off_add_nothing_and_come_back():
     x = torch.randint(0, 101, (2, 9))
     whole, bare = model(x), tiny("full", dtype=torch.float64)
     bare.load_state_dict({k: v for k, v in model.state_dict().items() if k in bare.state_dict()})
-    with changed_weights(model, only([])):
+    with changed_weights(model, only([], 4)):
         assert torch.equal(model(x), bare(x))
-    with changed_weights(model, only(range(4))):
+    with changed_weights(model, only(range(4), 4)):
         assert torch.equal(model(x), whole)
-    with pytest.raises(KeyError), changed_weights(model, only([1])):
+    with pytest.raises(KeyError), changed_weights(model, only([1], 4)):
         assert not torch.allclose(model(x), whole)
         raise KeyError
     assert torch.equal(model(x), whole)
@@ -585,7 +585,7 @@ def test_experts_switched_off_add_nothing_and_come_back():
             layer.interaction.zero_()
     values = []
     for S in range(16):
-        with changed_weights(model, only(shapley.coalition(S))):
+        with changed_weights(model, only(shapley.coalition(S), 4)):
             values.append(-F.cross_entropy(model(x)[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
     worth = shapley_values(torch.stack(values).detach())
     assert worth[3] == 0 and torch.isclose(worth[0], worth[1], rtol=1e-10)
