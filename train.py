@@ -261,6 +261,16 @@ def make_optimizer(model, cfg):
                              weight_decay=cfg.weight_decay, fused=True)
 
 
+def micro_batches(model, examples, max_tokens):
+    """data.cut at the price that starting one micro-batch more has on the model's device, in tokens."""
+    if next(model.parameters()).device.type == "cpu":
+        return data.cut(examples, max_tokens)
+    # the host starts about 250 kernels a layer, 5 us each; meanwhile a GPU could compute, at 2e14 FLOP/s and
+    # 4 FLOPs a weight, 300 tokens of Llama-2-7B or 260,000 of the built-in base, whose steps so stay whole
+    seconds, N = 250 * model.config.num_hidden_layers * 5e-6, sum(p.numel() for p in model.parameters())
+    return data.cut(examples, max_tokens, overhead=round(seconds * 2e14 / (4 * N)))
+
+
 def to_device(batch, device):
     """A micro-batch where the model is. Targets stay: finding supervised ones on a GPU stalls the loop."""
     x, y, mask = batch
@@ -403,14 +413,19 @@ def report(bar, log, numbers, totals, rate):
         attempt(log, line)
 
 
+def out_of_memory(error):
+    """Whether that is what a RuntimeError means; cuBLAS and cuDNN have words of their own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error)
+
+
 @contextmanager
 def rescued(model, optimizer, save, progress, step):
     """If a step runs out of memory, nothing has changed since the one before it: save that first."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except RuntimeError as e:
         model.zero_grad(set_to_none=True)
-        if save and RANKS == 1 and attempt(save, optimizer, progress.totals(step)):
+        if out_of_memory(e) and save and RANKS == 1 and attempt(save, optimizer, progress.totals(step)):
             tqdm.write(f"out of memory; saved after step {step}")
         raise
 
@@ -487,7 +502,7 @@ def evaluate(model, split, max_tokens, name="evaluate", each=None):
         for task, examples in shares.items():
             # right answers, loss, supervised tokens, all tokens, weights: a task waits for the GPU once
             sums = torch.zeros(4 + model.adapter.n_experts * adapted, dtype=torch.float64, device=device)
-            for batch in data.cut(examples, max_tokens):
+            for batch in micro_batches(model, examples, max_tokens):
                 x, y, mask = to_device(data.collate(batch), device)
                 with collected_weights(model) if adapted else nullcontext() as weights:
                     losses, hits = model(x, y)                                       # (N,) both
@@ -552,7 +567,7 @@ def answers(model, tokenizer, prompts, cfg, max_new_tokens=64, on_token=None):
 def print_samples(model, tokenizer, split, cfg, n=2):
     print("\ntwo answers per task (expected / given)")
     shown, given = [e for examples in split.values() for e in examples[:n]], {}
-    for batch in data.cut(shown, cfg.max_tokens):
+    for batch in micro_batches(model, shown, cfg.max_tokens):
         given |= zip(map(id, batch), answers(model, tokenizer, [e.ids[:e.n_prompt] for e in batch], cfg))
     for e in shown:
         expected = tokenizer.decode(e.ids[e.n_prompt:-1])
@@ -768,11 +783,11 @@ def prepare(cfg, saved=None):
     return model, tokenizer, base
 
 
-def step_batches(cfg, stream, share=own_share):
+def step_batches(cfg, model, stream, share=own_share):
     """step -> its micro-batches, a pure function of the stream of examples; under torchrun this process's."""
     n = cfg.batch_size
-    return lambda step: [data.collate(b) for b in data.cut(
-        share([stream(i) for i in range(step * n, (step + 1) * n)]), cfg.max_tokens)]
+    return lambda step: [data.collate(b) for b in micro_batches(
+        model, share([stream(i) for i in range(step * n, (step + 1) * n)]), cfg.max_tokens)]
 
 
 def print_start(cfg, model, tokenizer, stream):
@@ -784,7 +799,7 @@ def print_start(cfg, model, tokenizer, stream):
     device += f", times {RANKS}" if RANKS > 1 else ""
     padded = real = supervised = n = 0
     for step in range(min(10, cfg.steps)):
-        for _, y, m in step_batches(cfg, stream, share=list)(step):
+        for _, y, m in step_batches(cfg, model, stream, share=list)(step):
             padded, real = padded + m.numel(), real + int(m.sum())
             supervised, n = supervised + int((y >= 0).sum()), n + 1
     steps = min(10, cfg.steps)
@@ -840,7 +855,7 @@ def run_train(cfg, saved):
         write_atomically(path, lambda f: torch.save(content, f), previous(path))
 
     with held_signals() as stopped:
-        totals = fit(model, step_batches(cfg, stream), make_optimizer(model, cfg), cfg, cfg.steps,
+        totals = fit(model, step_batches(cfg, model, stream), make_optimizer(model, cfg), cfg, cfg.steps,
                      resumed=saved, log=log, save=save if RANK == 0 else None, stopped=stopped)
     results = evaluate(model, split, cfg.max_tokens, "after")
     write_atomically(out / "adapter.pt", lambda f: torch.save(adapter_content(cfg, base, model), f))
@@ -936,7 +951,8 @@ MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": r
 
 def start_torch(cfg):
     """PyTorch's own settings, for all of a run."""
-    torch.set_float32_matmul_precision("high")   # fp32 products in TF32 on a GPU
+    # fp32 products in TF32 on a GPU: --method=full came out the same with its 10 bits in every product
+    torch.set_float32_matmul_precision("high")
     # cuDNN's attention makes a plan for every new (B, T), half a second each by report, and ours vary
     torch.backends.cuda.enable_cudnn_sdp(False)
     if cfg.deterministic:
@@ -965,7 +981,9 @@ def main(argv=None, run=None, config=Config):
     except (InputError, OSError, UnicodeDecodeError) as e:
         # names from files may hold line ends and terminal codes
         sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(e))[:1000])
-    except torch.OutOfMemoryError as e:
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
         sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add "
                  "--checkpointing; a run that was training continues with the same flags, these changed, and "
                  "--resume")

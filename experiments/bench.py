@@ -287,7 +287,8 @@ def training_memory(config, adapter, rows, length,
             block(x, rotary)
         for t in (*rotary, *block.parameters()):  # shared, or counted as weights
             kept.pop(t.untyped_storage()._cdata, None)
-        layer = sum(t.untyped_storage().nbytes() for t in kept.values())
+        # a GPU's rms_norm keeps its x as it is, where the CPU's, traced here, keeps it in fp32
+        layer = sum(t.untyped_storage().nbytes() // t.itemsize * min(t.itemsize, size) for t in kept.values())
     n_frozen = sum(p.numel() for p in frozen)
     n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
     # tables and last norm
@@ -321,8 +322,8 @@ def those_that_fit(arms, work):
         gc.collect()                             # a looped layer and its forward hold each other, and memory
         try:
             results[arm] = work(arm)
-        except torch.OutOfMemoryError:
-            if arm.method == "none":
+        except RuntimeError as e:
+            if arm.method == "none" or not train.out_of_memory(e):
                 raise
             print(f"{arm.name}, E = {arm.n_experts}, does not fit into the GPU's memory and is left out")
     return results

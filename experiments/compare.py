@@ -174,7 +174,8 @@ def train_variant(cfg, name, rows):
     test, use = train.encode_held_out(cfg, tokenizer, rows and rows[2], "test"), ExpertUse()
     torch.manual_seed(cfg.seed)
     totals = {"seconds": 0.0} if cfg.method == "none" else train.fit(
-        model, train.step_batches(cfg, stream), train.make_optimizer(model, cfg), cfg, cfg.steps, name=name)
+        model, train.step_batches(cfg, model, stream), train.make_optimizer(model, cfg), cfg, cfg.steps,
+        name=name)
     routed = cfg.method in METHODS and cfg.method != "lora" and cfg.n_experts > 1
     results = train.evaluate(model, test, cfg.max_tokens, "test", each=use if routed else None)
     chosen_by = train.evaluate(model, validation, cfg.max_tokens, "validation")

@@ -412,7 +412,7 @@ def make(cfg, recipe):
                        "seconds": seconds, "optimizer": optimizer.state_dict(), "totals": totals}
             train.write_atomically(checkpoint, lambda f: torch.save(content, f))
 
-        batches = train.step_batches(cfg, lambda i: data.encode(tokenizer, streams[term](i)))
+        batches = train.step_batches(cfg, model, lambda i: data.encode(tokenizer, streams[term](i)))
         with train.held_signals() as stopped:
             totals = train.fit(model, batches, MuonAndAdamW(model, cfg.learning_rate), cfg, cfg.steps,
                                name=f"term {term + 1}", resumed=saved, save=save, stopped=stopped)
@@ -428,7 +428,7 @@ def probe(cfg):
                        device=cfg.device, val_examples=cfg.val_examples)
     model, tokenizer, _ = train.prepare(own)
     stream, split, _ = train.encode_data(own, tokenizer, None, "validation")
-    train.fit(model, train.step_batches(own, stream), train.make_optimizer(model, own), own, own.steps,
+    train.fit(model, train.step_batches(own, model, stream), train.make_optimizer(model, own), own, own.steps,
               name="probe")
     return {task: r["accuracy"] for task, r in train.evaluate(model, split, own.max_tokens).items()}
 
@@ -465,6 +465,7 @@ def write_readme(cfg, recipe, seconds, accuracy):
 def make_bases(cfg, saved):
     """Make and probe a base, or one for every seed; prints a line for each."""
     torch.set_num_threads(cfg.threads)
+    torch.set_float32_matmul_precision("highest")        # no TF32: no base depends on a GPU's rounding
     configs = [cfg]
     if cfg.seeds:
         configs = [replace(cfg, seed=int(s), out_dir=f"{cfg.out_dir}/{s}") for s in cfg.seeds.split(",")]

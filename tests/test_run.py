@@ -514,14 +514,17 @@ def test_a_power_cut_finds_whole_files_and_a_log_not_behind_its_checkpoint(base,
     assert done == [*save, kept[1], *save, *kept, *ends]
 
 
-def test_out_of_memory_saves_and_names_the_flags(finished, base, tmp_path, monkeypatch):
-    """Catches work lost to a batch that was too large, and a half step in what was saved."""
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")], ids=repr)
+def test_out_of_memory_saves_and_names_the_flags(finished, base, tmp_path, monkeypatch, error):
+    """Catches work lost to a large batch, a half step in what was saved, a library's own words for it."""
     real, calls = torch.nn.utils.clip_grad_norm_, []
 
     def too_large(parameters, clip):             # once the gradients of step 7 are there
         calls.append(clip)
         if len(calls) == 7:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            raise error
         return real(parameters, clip)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", too_large)
     with pytest.raises(SystemExit, match="lower --max_tokens or add --checkpointing"):
