@@ -390,11 +390,11 @@ def by_formula(config):
     return model, (torch.arange(100) * 37 % config.vocab_size)[None]
 
 
-def transformers_logits(folder, tokens):
+def transformers_logits(folder, tokens, dtype=torch.float32):
     """Logits of transformers' Llama in a folder."""
     transformers = pytest.importorskip("transformers")
     with torch.no_grad():
-        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
         return model.eval()(tokens).logits
 
 
@@ -421,6 +421,18 @@ def test_logits_equal_transformers_live(tmp_path, name):
     expected = reference_logits(model, tokens, tmp_path)
     with torch.no_grad():
         assert (load_llama(tmp_path)(tokens) - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bf16_rounds_where_transformers_does(tmp_path, name):
+    """Catches bf16 where transformers takes fp32: in a norm's statistics, in rotary angles."""
+    model, tokens = by_formula(VARIANTS[name])
+    save_llama(model, tmp_path)
+    theirs = transformers_logits(tmp_path, tokens, torch.bfloat16)
+    with torch.no_grad():
+        exact = load_llama(tmp_path, dtype=torch.float64)(tokens)
+        ours = load_llama(tmp_path, dtype=torch.bfloat16)(tokens)
+    assert (ours - theirs).abs().mean() < 0.2 * (theirs - exact).abs().mean()
 
 
 def with_head(weights, drop=()):
