@@ -131,7 +131,8 @@ def test_a_run_on_a_gpu_is_the_run_on_the_cpu(finished, base, tmp_path):
         assert train.main([*flags, "--stop_after=4"]) is None
         summary = train.main([*flags, "--resume"])
         again = use("eval", base, tmp_path, "--device=cuda", "--dtype=float32")
-        use("sample", base, tmp_path, "--device=cuda", "--prompt=Name the town.", "--temperature=0.5")   # bf16
+        # in bf16
+        use("sample", base, tmp_path, "--device=cuda", "--prompt=Name the town.", "--temperature=0.5")
     assert summary["device"] == "a pretended GPU"
     assert summary["val_loss"] == pytest.approx(finished[1]["val_loss"], rel=1e-3)
     for results in (again, use("eval", base, tmp_path)):
