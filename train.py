@@ -283,14 +283,14 @@ def balance_term(model, batches, weight):
     The term is no sum over micro-batches, but its gradient is: with the step's mean usage u known from a pass
     without gradient, d term = sum over tokens of <d term / d u, d w> / tokens. That pass is the price.
     """
-    usage, n, device = 0, 0, batches[0][0].device
-    # both passes drop the same numbers
-    with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    usage = n = 0
+    with torch.no_grad():
         for x, _, mask in batches:
             with collected_weights(model) as weights:
                 model.hidden(x)
             usage = usage + mean_usage(torch.stack(weights), mask) * mask.sum()
             n = n + mask.sum()
+    torch.manual_seed(torch.initial_seed())      # fit has just seeded: the second pass drops the same numbers
     sum_over_processes(usage)
     sum_over_processes(n)
     usage = (usage / n).requires_grad_()                                             # (L, E)
