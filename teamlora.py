@@ -10,6 +10,7 @@ Paper: Lin et al., "TeamLoRA", ACL 2025, arXiv 2408.09856; the equations here fo
     w   = phi + phi M            M's diagonal starts at 0; then w is scaled: a token's weights sum to E
     y   = W x + (alpha / r) * sum_e w_e B_e dropout(z_e)
 
+    adapt(model, ["q_proj"])     gives any model of yours such layers
     python teamlora.py           two tokens through a layer of two experts, every number printed
 
 What may surprise:
@@ -29,7 +30,8 @@ L adapted layers.
 import math
 import re
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 
 import torch
 import torch.nn as nn
@@ -132,13 +134,14 @@ class TeamLoRALinear(nn.Linear):
         # w = gate(R x), in fp32: bf16 loses the small weights
         logits = logits.to(torch.promote_types(x.dtype, torch.float32))
         w = self.gate(logits.view(*shape, logits.shape[-1]))                          # (..., E)
-        # w_e dropout(z_e): alpha / r goes into the weights, which are E numbers a token instead of out
+        # w_e dropout(z_e): alpha / r goes into the weights, which are E numbers a token instead of out; z has
+        # the dtype of x, unless autocast chose another
         z = F.dropout(z, self.adapter.dropout, self.training)
-        w = (w * (self.adapter.alpha / self.adapter.rank)).to(x.dtype).view(len(x), self.adapter.n_experts, 1)
+        w = (w * (self.adapter.alpha / self.adapter.rank)).to(z.dtype).view(len(x), self.adapter.n_experts, 1)
         z = (self.seen(z) * w).flatten(-2)                                           # (B*T, E*r)
         # y = W x + [B_1 .. B_E] z: added inside the second product, a sum would pass over (B*T, out) again
         y = F.linear(x, self.weight, self.bias)
-        return y.addmm_(z, self.lora_B.to(x.dtype).T).view(*shape, self.out_features)
+        return y.addmm_(z, self.lora_B.to(z.dtype).T).view(*shape, self.out_features)
 
     def update(self):
         """What the adapter adds to `weight`, (out, in), in float64; InputError if it depends on the token."""
@@ -225,8 +228,9 @@ def changed_weights(model, change):
 def collected_weights(model):
     """Yield a list that receives w (B, T, E) of every adapted layer that runs inside this block, in order.
 
-    Gradients flow through them, under activation checkpointing too: leave the block before backward, which
-    runs layers again.
+    The model may be any, or a part of one, down to a single layer. Gradients flow through the weights, under
+    activation checkpointing too, but for the reentrant kind: leave the block before backward, which runs
+    layers again.
     """
     weights = []
 
@@ -266,12 +270,66 @@ def adapter_parameters(model):
     return {name: p for name, p in model.named_parameters() if p in added}
 
 
+def targeted(model, targets):
+    """name -> every nn.Linear of a model whose name ends in a target: "q_proj", "language_model.*.mlp.*".
+
+    InputError if a target fits none, or one that is quantised, adapted or otherwise no plain nn.Linear.
+    """
+    linear = {n: m for n, m in model.named_modules(remove_duplicate=False) if n and hasattr(m, "in_features")}
+    fits = {t: [n for n in linear if fnmatchcase(f".{n}", f"*.{t}")] for t in targets or [""]}
+    for target, names in fits.items():
+        if not names:
+            raise InputError(f"no linear layer's name ends in '{target}'; they end in "
+                             f"{', '.join(sorted({n.rpartition('.')[2] for n in linear}))}")
+    found = {n: m for n, m in linear.items() if any(n in names for names in fits.values())}
+    for name, layer in found.items():
+        parent = model.get_submodule(name.rpartition(".")[0])
+        # what is quantised has a class of layer or of weight of its own, what is wrapped a forward of its own
+        if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
+            raise InputError(f"{name} is a {type(layer).__name__}, adapted, quantised or wrapped: choose "
+                             "other targets, or take the model as it was before")
+        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+            raise InputError(f"PyTorch's fast path would read {name}.weight past its adapter: call "
+                             "torch.backends.mha.set_fastpath_enabled(False) first")
+    return found
+
+
+def adapt(model, targets, adapter=None):
+    """Put the method's layer, fresh, in fp32, in the place of every `targeted` nn.Linear of any model, on the
+    same weight; freeze all else; return the names. InputError, as of `targeted`, before anything has changed.
+    """
+    adapter = replace(adapter or AdapterConfig(), targets=tuple(targets))
+    if adapter.method not in METHODS:
+        raise InputError(f"method must be one of {', '.join(METHODS)}, not '{adapter.method}'")
+    found = targeted(model, adapter.targets)
+    with torch.device("meta"):                   # without memory, for the weight is there
+        new = {m: METHODS[adapter.method](m.in_features, m.out_features, m.bias is not None, adapter)
+               for m in found.values()}
+    for old, layer in new.items():
+        layer.weight, layer.bias = old.weight, old.bias
+        for key, p in adapter_parameters(layer).items():
+            setattr(layer, key, nn.Parameter(torch.empty_like(p, device=old.weight.device).float()))
+        layer.train(old.training).reset_adapter()
+    for name, old in list(model.named_modules(remove_duplicate=False)):
+        if old in new:                           # wherever it is: a layer in two places stays one
+            parent, _, key = name.rpartition(".")
+            setattr(model.get_submodule(parent), key, new[old])
+    model.requires_grad_(False)
+    for p in adapter_parameters(model).values():
+        p.requires_grad_()
+    return list(found)
+
+
 @torch.no_grad()
 def merge(model):
     """Move every adapter's update into its frozen weight: the model computes the same as before, with B = 0.
 
-    Raises InputError if a layer's update depends on the token; then nothing has changed.
+    Raises InputError if a layer's update depends on the token, or its weight is another's too, as of a tied
+    head; then nothing has changed.
     """
+    for name, layer in adapter_layers(model):
+        if sum(any(p is layer.weight for p in m.parameters(recurse=False)) for m in model.modules()) > 1:
+            raise InputError(f"{name} cannot be merged: its weight is tied to another layer's")
     updates = [(layer, layer.update()) for _, layer in adapter_layers(model)]
     for layer, update in updates:
         layer.weight.copy_(layer.weight.double() + update)
