@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 import data
 import train
-from experiments import bench, compare, make_base, shapley
+from experiments import bench, compare, llava, make_base, shapley
 from experiments.compare import distribution, entropy, interval, mutual_information
 from experiments.shapley import only, rank_correlation, shapley_interactions, shapley_values, top
 from model import Llama, LlamaConfig, load_llama, rotary_tables, rotate
@@ -41,7 +41,8 @@ from test_teamlora import TINY, layer_of, randomise, tiny
 from tests.conftest import Code, files_in, flags_of, use
 
 CONFIGS = {make_base.make_bases: make_base.BaseConfig, bench.bench: bench.BenchConfig,
-           compare.compare: compare.CompareConfig, shapley.shapley: shapley.ShapleyConfig}
+           compare.compare: compare.CompareConfig, shapley.shapley: shapley.ShapleyConfig,
+           llava.llava: llava.LlavaConfig}
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,9 @@ BAD = {
     shapley.shapley: {"--out_dir={out}/nowhere": "adapter.pt does not exist",
                       "--method=none": "need an adapter",
                       "--out_dir={out} --rank=3 --init_from={base}": "--rank=3 contradicts",
-                      "--out_dir={out}": "say --init_from here too", "--mode=eval": ""}}
+                      "--out_dir={out}": "say --init_from here too", "--mode=eval": ""},
+    llava.llava: {"--method=full": "", "--compile": "", "--data=rows.json": "--data with --init_from",
+                  "--init_from={base}": "--data with --init_from", "--resume": ""}}
 REFUSED = [(run, flags, said) for run, rows in BAD.items() for flags, said in rows.items()]
 
 
