@@ -139,7 +139,7 @@ def llava(cfg, _):
     out.mkdir(parents=True, exist_ok=True)
     train.print_start(cfg, model, tokenizer, stream)
     before = train.evaluate(model, split, cfg.max_tokens, "before")
-    train.fit(model, train.step_batches(cfg, stream), train.make_optimizer(model, cfg), cfg, cfg.steps,
+    train.fit(model, train.step_batches(cfg, model, stream), train.make_optimizer(model, cfg), cfg, cfg.steps,
               log=train.Log(out / "log.jsonl"), save=lambda *_: train.write_atomically(
                   out / "adapter.pt", lambda f: torch.save(train.adapter_content(cfg, base, model.llava), f)))
     train.print_results(results := train.evaluate(model, split, cfg.max_tokens, "after"), chance, before)
