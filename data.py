@@ -20,9 +20,13 @@ Letters: B batch, T time.
 
 import functools
 import hashlib
+import itertools
 import json
+import math
+import os
 import random
 import re
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +35,7 @@ import sentencepiece
 import torch
 from tqdm import tqdm
 
-from teamlora import InputError
+from teamlora import InputError, foreign
 
 
 class Row(NamedTuple):
@@ -333,10 +337,10 @@ HALF_PAIR = re.compile("[\ud800-\udfff]")        # from JSON's escapes or a comm
 LONGEST_TEXT = 1_000_000                         # characters; beyond it tokenising takes minutes, for nothing
 
 
-def fault(key, value, may_be_empty):
+def fault(key, value):
     """What is wrong with the text of a row under `key`, or nothing."""
-    if not isinstance(value, str) or not (value.strip() or may_be_empty):
-        return "is missing, empty or not text"
+    if not isinstance(value, str):
+        return "is not text"
     if len(value) > LONGEST_TEXT:
         return f"has {len(value):,} characters, more than {LONGEST_TEXT:,}"
     if HALF_PAIR.search(value):
@@ -345,73 +349,123 @@ def fault(key, value, may_be_empty):
 
 
 def read_objects(file):
-    """(row number from 1, object) of a .json file, which is a list, or a .jsonl file, an object a line."""
-    number = 1
+    """(number from 1, value) of every row of a JSON file: the items of one list, or values one after another,
+    as a rule an object a line, numbered by line. Names do not tell which."""
+    decoder = json.JSONDecoder(parse_constant=lambda name: None)                     # NaN: pandas' nothing
+    values, space, line, last, at = [], re.compile(r"\s*"), 1, 0, 0
     try:
         text = file.read_bytes().decode("utf-8-sig")
-        if file.suffix != ".jsonl":
-            content = json.loads(text)
-        else:
-            content = []
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    content.append((number, json.loads(line)))
-    except OSError as e:
-        raise InputError(f"{file}: cannot be read ({e.strerror})") from None
-    except json.JSONDecodeError as e:
-        raise InputError(f"{file}, line {number + e.lineno - 1}: not JSON ({e.msg})") from None
-    except UnicodeDecodeError as e:
-        raise InputError(f"{file}: byte {e.start} is not UTF-8") from None
-    except (ValueError, RecursionError) as e:    # a number of 5000 digits, brackets 1000 deep
-        raise InputError(f"{file}, from line {number}: not JSON that can be read ({e})") from None
-    if not isinstance(content, list):
-        raise InputError(f"{file}: expected a list of rows")
-    return content if file.suffix == ".jsonl" else list(enumerate(content, 1))
+        while (begin := space.match(text, at).end()) < len(text):
+            line, last = line + text.count("\n", last, begin), begin
+            value, at = decoder.raw_decode(text, begin)
+            values.append((line, value))
+    except (ValueError, RecursionError) as e:    # bytes, JSON, numbers of 5000 digits, brackets 1000 deep
+        why = foreign(file) or f"not JSON in UTF-8, from line {line} on ({e})"
+        raise InputError(f"{file}: {why}") from None
+    return list(enumerate(values[0][1], 1)) if [type(v) for _, v in values] == [list] else values
 
 
-def read_row(where, raw, stem):
-    """A JSON object as a Row; `where` begins an error, `stem` is the task's name if the object has none."""
+def read_object(path):
+    """The one object of a JSON file, {} where there is no such file."""
+    values = [value for _, value in read_objects(path)] if path.is_file() else [{}]
+    if [type(value) for value in values] != [dict]:
+        raise InputError(f"{path}: expected a JSON object")
+    return values[0]
+
+
+def read_row(where, raw, task):
+    """A JSON object as a Row; `where` begins an error, `task` is its task if the object names none."""
     if not isinstance(raw, dict):
         raise InputError(f"{where}: expected an object with instruction and output")
-    given = {k: v for k, v in raw.items() if k in Row._fields and v is not None}
-    fields = {"task": stem, "instruction": "", "input": "", "output": None} | given
-    for key in ("instruction", "input", "output", "task"):
-        optional = key == "input" or key == "instruction" and fields["input"]  # some ask in "input" alone
-        if wrong := fault(key, fields[key], optional):
+    if not ("output" in raw and ("instruction" in raw or "input" in raw)):
+        raise InputError(f"{where}: a row has instruction, input or both, and output, but this has: "
+                         f"{', '.join(raw) or 'nothing'}; rename these keys, or leave the file out")
+    row = Row(*(default if raw.get(key) in (None, "") else raw[key]
+                for key, default in zip(Row._fields, (task, "", "", ""))))
+    for key, value in row._asdict().items():
+        if wrong := fault(key, value):
             raise InputError(f"{where}: '{key}' {wrong}")
-    return Row(**fields)
+    return row
 
 
-def read_rows(paths):
-    """Rows of instruction files, comma-separated; a folder stands for its .json and .jsonl files. A row is
-    {"instruction", "input" (optional), "output", "task" (optional: else the file's stem)}; null is none.
-
-    Raises InputError that names the file and the row (from 1) for whatever cannot be used.
-    """
+def list_files(paths):
+    """The files of a comma-separated list, in which a folder stands for its .json and .jsonl files."""
     if not all(paths.split(",")):                # an empty name would mean the current folder
         raise InputError(f"{paths}: a name is missing beside a comma; write ./ for the current folder")
-    rows = []
+    files = []
     for path in map(Path, paths.split(",")):
-        files = [path]
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".jsonl"))
-        if not files:
-            raise InputError(f"{path}: no .json or .jsonl file in this folder")
+        inside = sorted(p for p in path.iterdir() if p.name[0] != ".") if path.is_dir() else []
+        rows = [p for p in inside if p.suffix.lower() in (".json", ".jsonl") and p.is_file()]
+        if path.is_dir() and not rows:
+            raise InputError(f"{path}: no .json or .jsonl file in this folder, but: "
+                             f"{', '.join(p.name for p in inside[:9]) or 'nothing'}")
+        files += rows or [path]
+    if len({os.path.realpath(file) for file in files}) < len(files):
+        print(f"warning: a file stands twice in {paths}; its rows count twice")
+    return files
+
+
+PART = re.compile(r"(^|[-_. ])(train|training|test|testing|val|valid|validation|dev|eval)([-_]\d+-of-\d+)?$",
+                  re.I)
+
+
+def task_names(files):
+    """file -> its task, by the name of the data set: NAME-train.json and NAME_test.json, NAME/train.json and
+    test/NAME.json are all NAME, with so many folders before it that different data sets stay apart."""
+    paths, names = {}, {}
+    for file in files:
+        parts = [PART.sub("", part) for part in Path(os.path.abspath(file)).with_suffix("").parts]
+        paths[file] = [part for part in parts if part]
+    for file, path in paths.items():
+        n = 1
+        while any(other[-n:] == path[-n:] and other != path for other in paths.values()):
+            n += 1
+        names[file] = "/".join(path[-n:])
+    return names
+
+
+def read_rows(*lists):
+    """Rows of each of some comma-separated lists of files and folders (see list_files). A row is
+    {"instruction", "input" (optional), "output", "task" (optional: else see task_names)}; null is none.
+
+    What is left out is printed: rows of a blank question or answer, keys that nothing here uses. Raises
+    InputError that names the file and the row (from 1) for whatever cannot be used.
+    """
+    found, parts, blank, unused = [list_files(paths) for paths in lists], [], 0, Counter()
+    tasks = task_names(sum(found, []))
+    for files in found:
+        parts.append([])
         for file in files:
             objects = read_objects(file)
-            if not objects:
-                raise InputError(f"{file}: no rows in there")
-            rows += [read_row(f"{file}, row {number}", raw, file.stem) for number, raw in objects]
-    return rows
+            rows = [read_row(f"{file}, row {number}", raw, tasks[file]) for number, raw in objects]
+            kept = [row for row in rows if row.output.strip() and (row.instruction + row.input).strip()]
+            if not kept:
+                raise InputError(f"{file}: no rows in there" + " with a question and an answer" * bool(rows))
+            blank += len(rows) - len(kept)
+            unused.update(key for _, raw in objects for key in raw.keys() - Row._fields if raw[key])
+            parts[-1] += kept
+        for task, n in Counter(map(tasks.get, files)).items():
+            if n > 1:
+                print(f"{n} files are one task, {task}")
+    if blank:
+        print(f"rows left out because their question or their answer is blank: {blank}")
+    if unused:
+        print("keys not used: " + ", ".join(f"{key} ({n} rows)" for key, n in unused.most_common(9)))
+    return parts
+
+
+def place(row, salt=""):
+    """A number in [0, 1) by a hash of the prompt: equal prompts have equal ones."""
+    hashed = hashlib.sha256(f"{salt}{row.instruction}\n{row.input}".encode()).digest()
+    return int.from_bytes(hashed[:4], "big") / 2 ** 32
 
 
 def hold_out(rows, share, salt=""):
-    """(training rows, held-out rows): about `share` of every task, by a hash of the prompt: equal prompts
-    never part, adding rows moves none, another salt holds out others. InputError if one side is empty."""
+    """(training rows, held-out rows): about `share` of every task, by `place`: equal prompts never part,
+    adding rows moves none, another salt holds out others. InputError if one side is empty."""
     train, val = [], []
     for row in rows:
-        hashed = hashlib.sha256(f"{salt}{row.instruction}\n{row.input}".encode()).digest()
-        (val if int.from_bytes(hashed[:4], "big") < share * 2 ** 32 else train).append(row)
+        (val if place(row, salt) < share else train).append(row)
     if not train or not val:
         raise InputError(f"holding out {share:.0%} of {len(rows)} rows leaves {len(train)} for training and "
                          f"{len(val)} for validation; change --val_share or give --val_data")
@@ -453,27 +507,61 @@ def read_template(text):
 
 
 class Tokenizer:
-    """Text to ids and back. Attributes: prefix (ids that open a text: one bos, if the model knows one), eos,
-    size, template (of TEMPLATES' form) and end (the id after an answer)."""
+    """Text to ids and back, by sentencepiece's tokenizer.model (Llama 1 and 2, TinyLlama, the built-in base).
 
-    def __init__(self, path):
-        """Read a sentencepiece tokenizer.model (Llama 1 and 2, TinyLlama, the built-in base)."""
-        self.path = Path(path)
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError, ValueError) as e:   # its message may itself be no UTF-8: a ValueError
-            raise InputError(f"{path}: not a sentencepiece model ({e})") from None
-        self.prefix = [i for i in [self.model.bos_id()] if i >= 0]
-        self.eos, self.size = self.model.eos_id(), self.model.vocab_size()
-        if self.eos < 0:
-            raise InputError(f"{path}: has no end-of-sequence piece, so no answer could end")
+    Attributes: ids (of all words it knows) and names (the reverse), prefix (ids that open a text), eos, size,
+    template and end (see `use`), limit (the base has embeddings for smaller ids only), and words: what is one
+    id in a template, "{eos}" and control words, though text in a row; split: a template at them.
+    """
+
+    def __init__(self, path, eos=None):
+        """tokenizer_config.json beside it has the last word; eos: the base's, if no file names one."""
+        self.path, self.limit = Path(path), math.inf
+        opening, own_eos = self.read()
+        said = read_object(self.path.with_name("tokenizer_config.json"))
+        said |= {key: v.get("content") for key, v in said.items() if isinstance(v, dict)}
+        bos, named_eos = (self.ids.get(said[key]) if isinstance(said.get(key), str) else None
+                          for key in ("bos_token", "eos_token"))
+        if said.get("add_bos_token") in (True, False):
+            opening = opening or [bos] * (bos is not None) if said["add_bos_token"] else []
+        ends = [i for i in (named_eos, own_eos, eos) if i is not None]
+        if not ends:
+            raise InputError(f"{path}: no end of sequence is named, here or as eos_token in "
+                             "tokenizer_config.json or eos_token_id in config.json, so no answer could end")
+        self.prefix, self.eos, self.words = opening, ends[0], self.words | {"{eos}": ends[0]}
+        self.split = re.compile(f"({'|'.join(sorted(map(re.escape, self.words), key=len)[::-1])})").split
+        self.names = {i: word for word, i in self.ids.items()}
+        self.size = 1 + max(*self.names, *opening, self.eos)                         # ids may have gaps
         self.use("paper")
 
+    def read(self):
+        """Set model, ids, words, text (ids -> text) and known (ids that it takes); return the ids that open a
+        text and the one, or None, that ends it."""
+        try:
+            self.model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            self.known, self.text = range(self.model.vocab_size()), self.model.decode
+            self.ids = {self.model.id_to_piece(i): i for i in self.known}
+        except (OSError, RuntimeError, ValueError) as e:   # its message may itself be no UTF-8: a ValueError
+            why = foreign(self.path) or f"not a sentencepiece model ({e})"
+            raise InputError(f"{self.path}: {why}") from None
+        other, more = (self.path.with_name(name) for name in ("tokenizer.json", "added_tokens.json"))
+        try:                                     # words that were added for chats, which this file leaves out
+            added = [(t["content"], t["id"]) for t in read_object(other).get("added_tokens", [])]
+            added = {str(word): int(i) for word, i in [*added, *read_object(more).items()]}
+        except (LookupError, TypeError, ValueError) as e:
+            raise InputError(f"{other} or {more.name}: added tokens that cannot be read ({e})") from None
+        words = {word: i for word, i in self.ids.items() if self.model.is_control(i)} | added
+        self.words = {word: i for word, i in words.items() if word not in "{instruction}{input}"}
+        self.ids |= added
+        bos, eos = self.model.bos_id(), self.model.eos_id()
+        return [bos] * (bos >= 0), eos if eos >= 0 else None
+
     def use(self, template):
-        """Write prompts by this template, a name or a text. Raises InputError if its end is not one id."""
+        """Write prompts by this template, a name or a text; end: the id that ends an answer in it. Raises
+        InputError if that is not one id."""
         self.template = read_template(template)
         end = self.template.partition("{output}")[2]
-        ids = [self.eos] if end == "{eos}" else self.encode(end)
+        ids = [self.words[end]] if end in self.words else self.encode(end)
         if len(ids) != 1:
             raise InputError(f"--template={template!r} ends an answer with {end!r}, which {self.path} reads "
                              f"as {len(ids)} ids; it must be a single control word of this tokenizer, "
@@ -485,37 +573,40 @@ class Tokenizer:
         return self.model.encode(text)
 
     def decode(self, ids):
-        return self.model.decode(ids)
+        """The text of ids; one that only the base knows, whose embeddings may be more, as its number."""
+        return "".join(self.text([*run]) if known else "".join(self.names.get(i, f"<{i}>") for i in run)
+                       for known, run in itertools.groupby(ids, self.known.__contains__))
 
 
 class JsonTokenizer(Tokenizer):
     """The same for a tokenizer.json (Llama 3, SmolLM2), through the optional package `tokenizers`."""
 
-    def __init__(self, path, eos):
+    def read(self):
         try:
             import tokenizers
         except ImportError:
-            raise InputError(f"{path} needs the package tokenizers: pip install tokenizers") from None
-        self.path = Path(path)
+            raise InputError(f"{self.path} needs the package tokenizers: pip install tokenizers") from None
         try:
-            self.model = tokenizers.Tokenizer.from_file(str(path))
+            self.model = tokenizers.Tokenizer.from_file(str(self.path))
+            self.model.no_truncation()           # a file may have been saved with both switched on
+            self.model.no_padding()
+            a = self.model.encode("a")
         except Exception as e:                   # tokenizers raises bare Exception
-            raise InputError(f"{path}: not a readable tokenizer ({e})") from None
+            why = foreign(self.path) or f"not a readable tokenizer ({e}); is the package older than it?"
+            raise InputError(f"{self.path}: {why}") from None
+        self.ids, self.words = self.model.get_vocab(), {}  # its control words become ids by themselves
+        self.known = set(self.ids.values())
+        self.text = functools.partial(self.model.decode, skip_special_tokens=False)
         # the file itself says whether its model was trained with a bos in front: Llama 3 yes, SmolLM2 no
-        self.prefix = [i for i in self.model.encode("").ids if i != eos]
-        self.eos = eos
-        self.size = 1 + max([eos, *self.prefix, *self.model.get_vocab().values()])  # ids may have gaps
-        self.use("paper")
+        opening = itertools.takewhile(lambda pair: pair[1], zip(a.ids, a.special_tokens_mask))
+        return [i for i, _ in opening], None
 
     def encode(self, text):
         return self.model.encode(text, add_special_tokens=False).ids
 
-    def decode(self, ids):
-        return self.model.decode(ids, skip_special_tokens=False)
 
-
-def open_tokenizer(folder, eos):
-    """The tokenizer in a Llama folder; eos: the model's end of sequence, which tokenizer.json leaves out."""
+def open_tokenizer(folder, eos=None):
+    """The tokenizer in a Llama folder; eos: the model's end of sequence, if the tokenizer names none."""
     pieces, words = Path(folder) / "tokenizer.model", Path(folder) / "tokenizer.json"
     # Meta's Llama 3 calls a list of lines "base64 rank", for the package tiktoken, tokenizer.model too
     ranks = pieces.is_file() and re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", pieces.open("rb").read(1000))
@@ -526,9 +617,10 @@ def open_tokenizer(folder, eos):
                          "tokenizer.json of the same model on Hugging Face beside it and "
                          "pip install tokenizers")
     elif pieces.is_file():
-        chosen = Tokenizer(pieces)
+        chosen = Tokenizer(pieces, eos)
     else:
-        raise InputError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
+        raise InputError(f"{folder}: neither tokenizer.model nor tokenizer.json is there; transformers makes "
+                         "one of other files: AutoTokenizer.from_pretrained(A).save_pretrained(B)")
     if pieces.is_file() and words.is_file():
         print(f"tokenizer: {chosen.path.name}; the other one in {folder} is not used")
     return chosen
@@ -541,15 +633,20 @@ def encode(tokenizer, row):
 
     A row with neither is plain text, supervised throughout. Else prompt and answer are tokenised apart.
     """
-    prompt, head = tokenizer.template.partition("{output}")[0], list(tokenizer.prefix)
+    prompt, n, head = tokenizer.template.partition("{output}")[0], len(tokenizer.prefix), []
     if row.instruction or row.input:
         if not (row.instruction and row.input):
             prompt = prompt.replace("{instruction}\n{input}", "{instruction}{input}")
-        for i, part in enumerate(prompt.split("{eos}")):
-            text = part.format(instruction=row.instruction, input=row.input)
-            head += [tokenizer.eos] * (i > 0) + (tokenizer.encode(text) if text else [])
-    end = tokenizer.end if head[len(tokenizer.prefix):] else tokenizer.eos
-    return Example(row.task, head + tokenizer.encode(row.output) + [end], max(1, len(head)))
+        for part in tokenizer.split(prompt):
+            head += [tokenizer.words[part]] if part in tokenizer.words else tokenizer.encode(
+                part.format(instruction=row.instruction, input=row.input))
+    end = tokenizer.end if head else tokenizer.eos
+    head = tokenizer.prefix + head[n * (head[:n] == tokenizer.prefix):]  # bos may stand in the template, too
+    ids = head + tokenizer.encode(row.output) + [end]
+    if (i := max(ids)) >= tokenizer.limit:
+        raise InputError(f"{tokenizer.path}: {tokenizer.names[i]!r}, in --template or a row, is id {i}, but "
+                         f"the base has {tokenizer.limit} embeddings; leave it out")
+    return Example(row.task, ids, max(1, len(head)))
 
 
 def encode_rows(tokenizer, rows, max_length, name, shortest=16):
@@ -568,6 +665,9 @@ def encode_rows(tokenizer, rows, max_length, name, shortest=16):
             first = prefix + (room + 1) // 2
             e = Example(e.task, e.ids[:first] + e.ids[first + excess:], e.n_prompt - excess)
         examples.append(e)
+    marks = {tokenizer.names.get(i, "\n\0") for i in (*tokenizer.prefix, tokenizer.eos)}
+    if n := sum(any(mark in text for mark in marks for text in row[1:]) for row in rows):
+        print(f"warning: {n} {name} rows hold {' or '.join(sorted(marks))}; remove it, for it is added here")
     if cuts or drops:
         print(f"{name}: {cuts} prompts shortened and {drops} rows dropped of {len(rows)}, "
               f"for --max_length={max_length}")

@@ -41,6 +41,9 @@ from functools import partialmethod
 from pathlib import Path
 from statistics import fmean as mean
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main`: Ctrl-C while PyTorch loads is no traceback
+
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -61,13 +64,15 @@ class Config(AdapterConfig):
                               "--prompt, or the terminal) or export (write base and adapter as one model to "
                               "out_dir/export)", choices=("train", "eval", "sample", "export"))
     out_dir: str = flag("out", "folder for everything a run writes")
-    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: the built-in base")
+    init_from: str = flag("", "folder of a real Llama, Hugging Face's or Meta's; empty: the built-in base. "
+                              "FOLDER,adapter.pt or adapter.pt alone: start from that adapter")
     data: str = flag("", "instruction files (.json, .jsonl) or folders of them, comma-separated; empty: "
                          "MiniCME")
     val_data: str = flag("", "files to evaluate on; empty: hold out a share of --data by content hash")
-    val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty", below=1)
-    val_examples: int = flag(100, "evaluate on at most so many examples per task; 0: all (of MiniCME, which "
-                                  "has no end, 400)")
+    val_share: float = flag(0.1, "share of each task's questions held out when --val_data is empty; 0: train "
+                                 "on all rows and evaluate nothing", below=1)
+    val_examples: int = flag(100, "evaluate on a fixed sample of at most so many examples per task; 0: all "
+                                  "(of MiniCME, which has no end, 400)")
     max_length: int = flag(1024, "longest row in tokens; a longer prompt is shortened, never an answer",
                            least=1)
     template: str = flag("paper", "paper, llama2, llama3, chatml, or a text with {instruction}, {input} and "
@@ -138,8 +143,9 @@ PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropo
 # what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
 OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
 OF_ADAPTER = (*(f.name for f in fields(AdapterConfig)), "template")
+PATHS = ("out_dir", "init_from", "data", "val_data")  # a resumed run's files may move: it compares contents
 FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing",
-                  "compile", "device", "out_dir")
+                  "compile", "device", "steps", *PATHS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -176,23 +182,30 @@ def parse_flags(argv, config=Config, skip=()):
 
 
 def compose(given, config=Config):
-    """Flags -> (configuration, the file of out_dir that it goes on from, or None).
+    """Flags -> (configuration, what the file holds that it goes on from, in out_dir or --init_from, or None).
 
     Defaults, then what the file says, then the flags; InputError if a flag contradicts the file.
     """
-    given = (PAPER if given.get("paper") else {}) | given
+    given = (PAPER if given.get("paper") else {}) | given | {
+        k: ",".join(map(os.path.expanduser, given[k].split(","))) for k in PATHS if k in given}
     mode, out = given.get("mode", config.mode), Path(given.get("out_dir", config.out_dir))
-    if (not given.get("resume") if mode == "train" else given.get("method") == "none"):
-        return config(**given), None
-    path = out / ("checkpoint.pt" if mode == "train" else "adapter.pt")
-    if mode == "train" and out.is_dir() and RANK == 0:
-        lock(out.resolve())  # before a checkpoint is read that another run may be about to replace
-    saved = read_checkpoint(path) if mode == "train" else read_saved(path)
+    path, saved, adapter = out / "checkpoint.pt", None, ""
+    if config is Config and given.get("init_from", "").endswith(".pt"):
+        given["init_from"], _, adapter = given["init_from"].rpartition(",")
+    if mode == "train" and given.get("resume"):
+        if out.is_dir() and RANK == 0:
+            lock(out.resolve())  # before a checkpoint is read that another run may be about to replace
+        if not (saved := read_checkpoint(path)):
+            print(f"nothing to resume in {out} yet: starting")
+    resumed = bool(saved)
+    if not saved and (adapter if mode == "train" else given.get("method") != "none"):
+        path = Path(adapter or out / "adapter.pt")
+        saved = read_saved(path)
     if not saved:
-        print(f"nothing to resume in {out} yet: starting")
         return config(**given), None
-    for name, value in given.items():
-        fixed = name not in FREE_ON_RESUME if mode == "train" else name in OF_ADAPTER
+    for name, value in given.items():            # val_share, or else trained rows would be evaluated
+        fixed = name not in FREE_ON_RESUME if resumed else (
+            name in OF_ADAPTER or name == "val_share" and mode == "eval")
         if fixed and saved["config"].get(name, value) != value:
             raise InputError(f"--{name}={value} contradicts {path}, which was made with "
                              f"{saved['config'][name]}")
@@ -201,8 +214,8 @@ def compose(given, config=Config):
             if name not in given and saved["config"][name]:
                 raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
                                  "too, for no path in a file is followed")
-    kept = {k: v for k, v in saved["config"].items() if k not in OF_CALL}
-    return config(**kept | given), saved
+    kept = OF_ADAPTER if mode == "train" and not resumed else saved["config"].keys() - OF_CALL
+    return config(**{k: saved["config"][k] for k in kept} | given), saved
 
 
 def device_and_dtype(cfg):
@@ -434,14 +447,13 @@ def fit(model, step_batches, optimizer, cfg, steps, *,
         name="train", resumed=None, log=None, save=None, stopped=()):
     """Train for `steps` steps. step_batches: step -> micro-batches; the optimizer holds its peak rates.
 
-    log(record) and save(optimizer, totals) are called when due; resumed is what was saved. Returns totals.
+    log(record) and save(optimizer, totals) are called when due; resumed is what was saved, of which the
+    optimizer has its part. Returns totals.
     Raises KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds a signal.
     """
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(trained(model).values())
     for group in optimizer.param_groups:
-        group["peak"] = group["lr"]
-    if resumed:
-        optimizer.load_state_dict(resumed["optimizer"])
+        group.setdefault("peak", group["lr"])    # a resumed one has it
     device = next(model.parameters()).device
     balance = cfg.balance if adapter_layers(model) else 0.0
     progress = Progress(device, resumed and resumed["totals"])
@@ -493,6 +505,8 @@ def evaluate(model, split, max_tokens, name="evaluate", each=None):
     none where nothing is adapted. each(task, routing (L, B, T, E), mask (B, T)) may look at every
     micro-batch. Under torchrun every process takes its share of each task, and all return the same.
     """
+    if not split:
+        return {}
     model.eval()
     device, results = next(model.parameters()).device, {}
     adapted = bool(adapter_layers(model))
@@ -526,8 +540,14 @@ def evaluate(model, split, max_tokens, name="evaluate", each=None):
 
 
 def val_loss(results):
-    """Loss over all tasks, weighted by tokens."""
-    return sum(r["loss"] * r["tokens"] for r in results.values()) / sum(r["tokens"] for r in results.values())
+    """Loss over all tasks, weighted by tokens; None if nothing was evaluated."""
+    n = sum(r["tokens"] for r in results.values())
+    return sum(r["loss"] * r["tokens"] for r in results.values()) / n if n else None
+
+
+def mean_accuracy(results):
+    """Mean over tasks; None if nothing was evaluated."""
+    return mean(r["accuracy"] for r in results.values()) if results else None
 
 
 def shade(x, low, high):
@@ -547,9 +567,8 @@ def print_results(results, chance, before=None):
         old = f"{before[task]['accuracy']:8.3f}" if before else f"{'-':>8}"
         guess = f"{chance[task]:8.3f}" if task in chance else f"{'-':>8}"
         print(f"{task:{width}}{guess}{old}{r['accuracy']:8.3f}{r['loss']:8.3f} {cells}")
-    old = f"{mean(r['accuracy'] for r in before.values()):8.3f}" if before else f"{'-':>8}"
-    accuracy = mean(r["accuracy"] for r in results.values())
-    print(f"{'mean':{width}}{'':8}{old}{accuracy:8.3f}{val_loss(results):8.3f}")
+    old = f"{mean_accuracy(before):8.3f}" if before else f"{'-':>8}"
+    print(f"{'mean':{width}}{'':8}{old}{mean_accuracy(results):8.3f}{val_loss(results):8.3f}")
 
 
 def answers(model, tokenizer, prompts, cfg, max_new_tokens=64, on_token=None):
@@ -592,6 +611,11 @@ def write_atomically(path, write, keep=None):
         if keep and path.is_file():
             os.replace(path, keep)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__   # torch.save replaces the disk's error
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(temporary)) from None
     finally:
         temporary.unlink(missing_ok=True)        # half a file would keep a full disk full
 
@@ -606,29 +630,46 @@ def read_checkpoint(path):
     paths = [p for p in (path, previous(path)) if p.is_file()]
     for p in paths:
         try:
-            return read_saved(p, "optimizer", "totals", "before", "rows", "log_bytes")
+            return read_saved(p, CHECKPOINT)
         except InputError as e:
             if p == paths[-1]:
                 raise
             print(f"warning: {e}; continuing from {paths[-1]}, the checkpoint before it")
 
 
-def read_saved(path, *more):
-    """A checkpoint or adapter file, which must also hold `more`. Settings that it lacks are the defaults."""
+# what files must hold, of which type; the key None stands for every key
+ADAPTER = {"config": dict, "fingerprint": str, "parameters": dict}
+CHECKPOINT = ADAPTER | {
+    "optimizer": {"state": {None: dict}, "param_groups": list}, "rows": str, "log_bytes": int,
+    "totals": {"step": int, "seconds": float, "tokens": int, "skipped": int},
+    "before": {None: {"accuracy": float, "loss": float, "tokens": int}}}
+
+
+def fits(value, shape):
+    """Whether a value is of this type or, for a dict, holds what the dict `shape` says."""
+    if isinstance(shape, type):
+        return isinstance(value, shape)
+    return isinstance(value, dict) and all(
+        all(fits(v, wanted) for v in (value.values() if key is None else [value.get(key)]))
+        for key, wanted in shape.items())
+
+
+def read_saved(path, shape=ADAPTER):
+    """What an adapter file, or one of another shape, holds. Settings that it lacks are the defaults."""
     if not Path(path).is_file():
         raise InputError(f"{path} does not exist; train first, or point --out_dir to where it lies")
     saved, default = read_pickle(path), {f.name: f.default for f in fields(Config)}
     try:
         config = default | saved["config"] | {"targets": tuple(saved["config"]["targets"])}
         odd = [k for k in config if k not in default or type(config[k]) is not type(default[k])]
-        odd += [k for k in ("fingerprint", "parameters", *more) if k not in saved]
+        odd += [k for k in shape if not fits(saved.get(k), shape[k])]
         odd += [k for k, t in saved["parameters"].items() if not plain(k, t) or not t.isfinite().all()]
     except (LookupError, TypeError, AttributeError) as e:
         odd = [e]
     if odd:
         raise InputError(f"{path}: not written by this train.py (an earlier one?): {odd[0]} is missing, "
                          "unknown, of another type or not finite")
-    return saved | {"config": config}
+    return {k: saved[k] for k in shape} | {"config": config}
 
 
 class Log:
@@ -699,10 +740,10 @@ def read_data(cfg):
     """(training rows, validation rows) of --data, None for MiniCME; read before anything long or lasting."""
     if not cfg.data:
         return None
-    rows = data.read_rows(cfg.data)
-    if not cfg.val_data:
-        return data.hold_out(rows, cfg.val_share)
-    val, prompts = data.read_rows(cfg.val_data), {(r.instruction, r.input) for r in rows}
+    rows, *val = data.read_rows(*filter(None, (cfg.data, cfg.val_data)))
+    if not val:
+        return (rows, []) if cfg.mode == "train" and not cfg.val_share else data.hold_out(rows, cfg.val_share)
+    val, prompts = val[0], {(r.instruction, r.input) for r in rows}
     if shared := sum((r.instruction, r.input) in prompts for r in val):
         print(f"{shared} of {len(val)} validation rows ask what a training row asks; without --val_data they "
               "would stay together")
@@ -710,8 +751,9 @@ def read_data(cfg):
 
 
 def digest_of(rows):
-    """Hash of the rows that read_data returned; empty for MiniCME, which a seed tells."""
-    return data.digest(str(row) for part in rows for row in part) if rows else ""
+    """Hash of the rows that read_data returned; of MiniCME, of its first ones."""
+    rows = rows or [map(data.minicme(0), range(100))]
+    return data.digest(str(row) for part in rows for row in part)
 
 
 def encode_held_out(cfg, tokenizer, rows, name):
@@ -720,7 +762,8 @@ def encode_held_out(cfg, tokenizer, rows, name):
         return {task: [data.encode(tokenizer, row) for row in rows]
                 for task, rows in data.minicme_held_out(name, cfg.val_examples or 400).items()}
     split = {}
-    for e in data.encode_rows(tokenizer, rows, cfg.max_length, name):
+    rows = sorted(rows, key=data.place)          # a sample, for files are often sorted
+    for e in data.encode_rows(tokenizer, rows, cfg.max_length, name) if rows else ():
         examples = split.setdefault(e.task, [])
         if not cfg.val_examples or len(examples) < cfg.val_examples:
             examples.append(e)
@@ -736,7 +779,7 @@ def encode_data(cfg, tokenizer, rows, held_out="test"):
     train = data.encode_rows(tokenizer, rows[0], cfg.max_length, "training")
     split = encode_held_out(cfg, tokenizer, rows[1], "validation")
     tasks = {r.task for part in rows for r in part}
-    for name, left in (("training", {e.task for e in train}), ("validation", split.keys())):
+    for name, left in (("training", {e.task for e in train}), ("validation", split.keys() or tasks)):
         if tasks - left:
             print(f"no {name} row is left of: {', '.join(sorted(tasks - left))}")
     return data.shuffled(train, cfg.seed), split, {}
@@ -756,27 +799,26 @@ def peak_memory_mb():
 def prepare(cfg, saved=None):
     """(model, tokenizer, fingerprint of the base); the model has the saved adapter if there is one."""
     device, dtype = device_and_dtype(cfg)
-    folder = Path(os.path.expanduser(cfg.init_from or BUILT_IN_BASE))
+    folder = cfg.init_from or BUILT_IN_BASE
     join_processes(device)
     torch.manual_seed(cfg.seed)
     model = load_llama(folder, cfg.adapter, device, dtype)
     tokenizer = data.open_tokenizer(folder, next(iter(model.config.eos_token_id), None))
-    if tokenizer.size > model.config.vocab_size:
-        raise InputError(f"{tokenizer.path} has {tokenizer.size} pieces, the model only "
-                         f"{model.config.vocab_size} embeddings")
+    tokenizer.limit = model.config.vocab_size
     tokenizer.use(cfg.template)
+    if cfg.data and cfg.max_length > (most := model.config.max_position_embeddings):
+        print(f"warning: --max_length={cfg.max_length} is beyond the base's max_position_embeddings={most}")
     # generation ends where the template ends an answer, and wherever the model's files say
-    ends = tuple(dict.fromkeys((tokenizer.end, *model.config.eos_token_id)))
-    model.config = replace(model.config, eos_token_id=ends)
+    ends = dict.fromkeys((tokenizer.end, *model.config.eos_token_id))
+    model.config = replace(model.config, eos_token_id=tuple(i for i in ends if i < tokenizer.limit))
     base = fingerprint(model)
     if saved and saved["fingerprint"] != base:
-        raise InputError(f"the adapter in {cfg.out_dir} was made for another base (fingerprint "
-                         f"{saved['fingerprint']}) than {folder} ({base})")
+        raise InputError(f"the adapter was made for another base (fingerprint {saved['fingerprint']}) than "
+                         f"{folder} ({base})")
     if saved:
         load_parameters(trained(model), saved["parameters"])
         if adapter_layers(model) and not any(layer.lora_B.any() for _, layer in adapter_layers(model)):
-            print(f"warning: every B of the adapter in {cfg.out_dir} is zero, so it changes nothing, "
-                  "although it was trained")
+            print("warning: every B of the adapter is zero, so it changes nothing, although it was trained")
     model.checkpointing = cfg.checkpointing
     if cfg.compile:
         model.compile_blocks()
@@ -811,7 +853,9 @@ def print_start(cfg, model, tokenizer, stream):
     prompt, expected = tokenizer.decode(e.ids[:e.n_prompt]), tokenizer.decode(e.ids[e.n_prompt:-1])
     prompt = prompt if len(prompt) < 300 else "..." + prompt[-297:]
     expected = expected if len(expected) < 300 else expected[:297] + "..."
-    print(f"first example, supervised part in [[ ]]: {prompt!r} [[{expected!r} + end of sequence]]")
+    opening = " ".join(f"{i} ({tokenizer.names.get(i)})" for i in tokenizer.prefix) or "none"
+    print(f"ids that open a text: {opening}\n"
+          f"first example, supervised part in [[ ]]: {prompt!r} [[{expected!r} + end of sequence]]")
 
 
 def refuse_to_overwrite(cfg, path):
@@ -828,16 +872,34 @@ def refuse_to_overwrite(cfg, path):
                          "--out_dir")
 
 
+def take_up(cfg, saved, rows_digest, optimizer):
+    """Load a checkpoint's optimizer, and say what other --steps mean. InputError if it is of another run."""
+    done, planned = saved["totals"]["step"], saved["config"]["steps"]
+    if saved["rows"] != rows_digest:
+        raise InputError(f"the rows are not those of the checkpoint in {cfg.out_dir}")
+    if cfg.steps < done:
+        raise InputError(f"--steps={cfg.steps}, but the run in {cfg.out_dir} has done {done} already")
+    try:
+        optimizer.load_state_dict(saved["optimizer"])
+    except (LookupError, TypeError, ValueError) as e:
+        raise InputError(f"the checkpoint in {cfg.out_dir} holds another optimizer ({e})") from None
+    if cfg.steps != planned:
+        now, then = (cfg.learning_rate * schedule(done, n, cfg.warmup) for n in (cfg.steps, planned))
+        print(f"--steps={cfg.steps}, {planned} before: the learning rate goes on at {now:.2g}, not at "
+              f"{then:.2g}, for its cosine now ends there")
+
+
 def run_train(cfg, saved):
     """Base, data, evaluation before, training and after; writes log.jsonl, adapter.pt and summary.json."""
     out, path = Path(cfg.out_dir), Path(cfg.out_dir) / "checkpoint.pt"
     refuse_to_overwrite(cfg, path)
     rows = read_data(cfg)
     model, tokenizer, base = prepare(cfg, saved)
+    saved = saved if saved and "totals" in saved else None  # an adapter to start from is no run to go on with
     stream, split, chance = encode_data(cfg, tokenizer, rows)
-    rows_digest = digest_of(rows)
-    if saved and saved["rows"] != rows_digest:
-        raise InputError(f"the rows of --data are not those that the checkpoint in {out} was made with")
+    rows_digest, optimizer = digest_of(rows), make_optimizer(model, cfg)
+    if saved:
+        take_up(cfg, saved, rows_digest, optimizer)
     out.mkdir(parents=True, exist_ok=True)
     if RANK == 0:
         lock(out.resolve())
@@ -855,17 +917,19 @@ def run_train(cfg, saved):
         write_atomically(path, lambda f: torch.save(content, f), previous(path))
 
     with held_signals() as stopped:
-        totals = fit(model, step_batches(cfg, model, stream), make_optimizer(model, cfg), cfg, cfg.steps,
+        totals = fit(model, step_batches(cfg, model, stream), optimizer, cfg, cfg.steps,
                      resumed=saved, log=log, save=save if RANK == 0 else None, stopped=stopped)
     results = evaluate(model, split, cfg.max_tokens, "after")
     write_atomically(out / "adapter.pt", lambda f: torch.save(adapter_content(cfg, base, model), f))
     summary = summarise(cfg, model, totals, before, results, chance)
     write_atomically(out / "summary.json", lambda f: f.write((json.dumps(summary, indent=1) + "\n").encode()))
-    print_results(results, chance, before)
-    if RANK == 0:
-        print_samples(model, tokenizer, split, cfg)
-    print(f"\nmean accuracy {summary['mean_accuracy']:.3f}, before {summary['base_mean_accuracy']:.3f}; "
-          f"{summary['seconds']:.0f} s of training, {summary['tokens_per_second']:,} tokens/s, "
+    scores = ""
+    if results:
+        print_results(results, chance, before)
+        if RANK == 0:
+            print_samples(model, tokenizer, split, cfg)
+        scores = "mean accuracy {mean_accuracy:.3f}, before {base_mean_accuracy:.3f}; ".format(**summary)
+    print(f"\n{scores}{summary['seconds']:.0f} s of training, {summary['tokens_per_second']:,} tokens/s, "
           f"{totals['skipped']} steps skipped; wrote {out}/")
     return summary
 
@@ -880,8 +944,7 @@ def summarise(cfg, model, totals, before, results, chance):
             "total_parameters": sum(p.numel() for p in model.parameters()),
             "accuracy": {t: r["accuracy"] for t, r in results.items()}, "chance": chance,
             "base_accuracy": {t: r["accuracy"] for t, r in before.items()},
-            "mean_accuracy": mean(r["accuracy"] for r in results.values()),
-            "base_mean_accuracy": mean(r["accuracy"] for r in before.values()),
+            "mean_accuracy": mean_accuracy(results), "base_mean_accuracy": mean_accuracy(before),
             "val_loss": val_loss(results), "base_val_loss": val_loss(before),
             "expert_usage": {t: r["usage"] for t, r in results.items()}, "peak_memory_mb": peak_memory_mb(),
             "device": torch.cuda.get_device_name() if p.device.type == "cuda" else "cpu"}
@@ -916,12 +979,12 @@ def run_sample(cfg, saved):
     if not cfg.prompt:
         print("one question a line; end of input (Ctrl-D) ends", file=sys.stderr)
     for text in [cfg.prompt] if cfg.prompt else (line.rstrip("\n") for line in sys.stdin):
-        if wrong := data.fault("prompt", text, not cfg.prompt):
+        if wrong := data.fault("prompt", text) or ("is blank" if cfg.prompt and not text.strip() else ""):
             raise InputError(f"the prompt {wrong}")
         # the bare base continues the text, unless a template of its own is named; an adapter answers it
         bare = cfg.method == "none" and cfg.template == "paper"
-        ids = tokenizer.prefix + tokenizer.encode(text) if bare else (
-            data.encode(tokenizer, data.Row("sample", text, "", "")).ids[:-1])
+        row = data.Row("sample", "", "", text) if bare else data.Row("sample", text, "", "")
+        ids = data.encode(tokenizer, row).ids[:-1]
         if text.strip():
             if not 0 < len(ids) <= cfg.max_length:
                 raise InputError(f"the prompt has {len(ids)} tokens; give 1 to {cfg.max_length}, or raise "
@@ -939,8 +1002,12 @@ def run_export(cfg, saved):
     model, tokenizer, _ = prepare(cfg, saved)
     merge(model)
     save_llama(model, unfinished := Path(f"{out}.tmp"))
-    for file in tokenizer.path.parent.glob("*token*.*"):  # tokenizer.json, special_tokens_map.json, ...
-        shutil.copy(file, unfinished)
+    for pattern in ("*token*.*", "chat_template*"):  # tokenizer.json, special_tokens_map.json, ...
+        for file in filter(Path.is_file, tokenizer.path.parent.glob(pattern)):
+            shutil.copy(file, unfinished)
+    if settings := data.read_object(tokenizer.path.with_name(name := "generation_config.json")):
+        settings["eos_token_id"] = list(model.config.eos_token_id)   # the template's end among them
+        (unfinished / name).write_text(json.dumps(settings, indent=1) + "\n")
     os.replace(unfinished, out)
     n = sum(p.numel() for p in model.base_parameters().values())
     print(f"wrote {out}: {n:,} parameters, method {cfg.method} merged in")
@@ -965,7 +1032,8 @@ def main(argv=None, run=None, config=Config):
 
     An experiment passes a run and a configuration of its own, which extends Config.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # outside of training, too, like Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGTERM outside of training, too, like Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     given = {}
     try:
         if RANK > 0:                             # process 0 speaks for all

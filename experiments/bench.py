@@ -123,7 +123,7 @@ def bench_batches(cfg, vocab_size, share):
     token). Ids are random, the last quarter of a row is supervised."""
     lengths = [cfg.max_length] * (cfg.max_tokens // cfg.max_length)
     if cfg.data:
-        rows = data.read_rows(cfg.data)
+        rows, = data.read_rows(cfg.data)
         drawn = random.Random(cfg.seed).sample(rows, min(cfg.batch_size, len(rows)))
         lengths = [min(cfg.max_length, 4 + len("".join(row[1:]).encode()) // 4) for row in drawn]
     lengths = lengths[:max(1, round(share * len(lengths)))]

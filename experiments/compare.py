@@ -163,10 +163,6 @@ STATISTICS = ("usage_variation", "weight_entropy", "task_information", "task_inf
 
 # ---- The runs
 
-def mean_accuracy(results):
-    return mean(r["accuracy"] for r in results.values())
-
-
 def train_variant(cfg, name, rows):
     """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
     model, tokenizer, _ = train.prepare(cfg)
@@ -183,15 +179,15 @@ def train_variant(cfg, name, rows):
            "learning_rate": 0.0 if cfg.method == "none" else cfg.learning_rate, "steps": cfg.steps,
            "n_experts": cfg.n_experts, "trainable_parameters": n_trained(model),
            "seconds": round(totals["seconds"], 1), "accuracy": {t: r["accuracy"] for t, r in results.items()},
-           "mean_accuracy": mean_accuracy(results), "val_loss": train.val_loss(chosen_by),
-           "val_accuracy": mean_accuracy(chosen_by), "test_loss": train.val_loss(results),
+           "mean_accuracy": train.mean_accuracy(results), "val_loss": train.val_loss(chosen_by),
+           "val_accuracy": train.mean_accuracy(chosen_by), "test_loss": train.val_loss(results),
            "expert_usage": {t: r["usage"] for t, r in results.items()}}
     if routed:
         row |= use.statistics()
         for k in (1, 2):
             with changed_weights(model, top(k)):
                 kept = train.evaluate(model, test, cfg.max_tokens, f"top {k}")
-            row[f"top_{k}_accuracy"] = mean_accuracy(kept)
+            row[f"top_{k}_accuracy"] = train.mean_accuracy(kept)
     return row
 
 

@@ -71,9 +71,9 @@ def read(paths):
     for file in map(Path, paths.split(",")):
         for number, raw in data.read_objects(file):
             row = data.read_row(where := f"{file}, row {number}", raw, file.stem)
-            rows.append((row, picture := file.parent / str(raw.get("image"))))
-            if not picture.is_file():
+            if not (picture := file.parent / str(raw.get("image"))).is_file():
                 raise InputError(f"{where}: 'image' is missing or no file, {picture}")
+            rows += [(row, picture)] * bool(row.output.strip())  # no answer, nothing to learn
     return rows
 
 

@@ -413,8 +413,11 @@ def make(cfg, recipe):
             train.write_atomically(checkpoint, lambda f: torch.save(content, f))
 
         batches = train.step_batches(cfg, model, lambda i: data.encode(tokenizer, streams[term](i)))
+        optimizer = MuonAndAdamW(model, cfg.learning_rate)
+        if saved:
+            optimizer.load_state_dict(saved["optimizer"])
         with train.held_signals() as stopped:
-            totals = train.fit(model, batches, MuonAndAdamW(model, cfg.learning_rate), cfg, cfg.steps,
+            totals = train.fit(model, batches, optimizer, cfg, cfg.steps,
                                name=f"term {term + 1}", resumed=saved, save=save, stopped=stopped)
         saved, seconds = None, seconds + totals["seconds"]
         model.to(torch.bfloat16).float()         # as it will be stored, also between the terms

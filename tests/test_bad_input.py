@@ -41,39 +41,65 @@ FLAGS |= {
     "--targets=q_proj,wq": "wq", "--method=none": "nothing to train", "--val_data=x.json": "needs --data",
     "--max_length=1022 --max_tokens=1022": "padding makes 1024", "--data=" + "x" * 5000: "too long",
     "--max_length=9 --max_tokens=99": "built-in texts", "--out_dir={bad}/half.json": "must be a folder",
-    "--data={bad}/none.json": "cannot be read", "--data={bad}/half.json,": "a name is missing",
-    "--data={bad}/adapter_code": "no .json or .jsonl file",
+    "--data={bad}/none.json": "No such file or directory: ", "--data={bad}/half.json,": "a name is missing",
+    "--data={bad}/adapter_code": "no .json or .jsonl file", "--data={bad}/tables": "but: train.parquet",
+    "--data={bad}/arrows": "arrows/state.json, row 1: a row has",
+    "--mode=eval --val_share=0.2": "--val_share=0.2 contradicts",
+    "--init_from={bad}/adapter_code/adapter.pt --out_dir={bad}/new": "it holds code, exec",
+    "--init_from={bad}/none.pt --out_dir={bad}/new": "none.pt does not exist",
+    "--init_from={bad}/adapter_other_base/adapter.pt --out_dir={bad}/new": "made for another base",
+    "--init_from={bad}/adapter_other_base/adapter.pt --rank=3 --out_dir={bad}/new": "--rank=3 contradicts",
     "--init_from={bad}/half.json": "it is no folder; a model of the Hugging Face Hub is fetched with",
     "--init_from=meta-llama/Llama-2-7b-hf": "fetched with: hf download NAME --local-dir FOLDER",
     "--init_from={bad}/gguf/llama.gguf": "llama.cpp's GGUF; take the Hugging Face folder",
     "--init_from=~/no_such": str(Path.home() / "no_such"), "--init_from=~no_one/x": "~no_one/x",
-    "--data={bad}/half.json --out_dir={bad}/new": "row 2", "--resume --steps=21": "--steps=21 contradicts",
+    "--data={bad}/half.json --out_dir={bad}/new": "row 2", "--resume --steps=19": "has done 20 already",
     "--init_from={bad}/nowhere": "nowhere: neither config.json",
     "--mode=eval --rank=3": "--rank=3 contradicts",
     "--mode=eval --out_dir={bad}/none": "adapter.pt does not exist",
-    "--mode=sample --prompt=\n": "the prompt is missing, empty",
+    "--mode=sample --prompt=\n": "the prompt is blank",
     "--mode=sample --prompt=\udcff": "half of a surrogate pair",
     "--mode=sample --prompt=" + "Anna" * 2000: "tokens; give 1 to",
     "--mode=export": "depend on the token",
     "--template=lama3": "--template must be", "--template={{instruction.x}}": "--template must be",
     "--template={{instruction}}{{{{output}}}}": "--template must be"}
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 GOOD, NESTED = '{"instruction": "x", "output": "y"}', "[" * 10 ** 5
 LONG = json.dumps([{"instruction": str(i), "output": "y " * 2000} for i in range(50)])
 DATA = {  # file of rows: what is said, what it holds
-    "half.json": ("half.json, row 2: 'output' is missing, empty or not", f'[{GOOD}, {{"instruction": "x"}}]'),
-    "mute.json": ("row 1: 'instruction'", '[{"output": "y"}]'), "nul.json": ("line 1: not JSON", "\0" * 99),
-    "null.json": ("row 1: 'output'", '[{"instruction": "x", "output": null}]'), "void.json": ("not JSON", ""),
-    "rowless.json": ("no rows", "[]"), "blank.jsonl": ("no rows", "\n"), "wide.json": ("digits", "9" * 5000),
-    "number.json": ("row 1: 'output'", '[{"instruction": "x", "output": 4}]'),
+    "half.json": ("half.json, row 2: a row has instruction, input or both, and output, but this has: "
+                  "instruction;", f'[{GOOD}, {{"instruction": "x"}}]'),
+    "mute.json": ("row 1: a row has", '[{"output": "y"}]'), "nul.json": ("not JSON", "\0" * 99),
+    "null.json": ("with a question and an answer", '[{"instruction": "x", "output": null}]'),
+    "void.json": ("no rows", ""), "rowless.json": ("no rows", "[]"), "blank.jsonl": ("no rows", "\n"),
+    "wide.json": ("digits", "9" * 5000), "word.json": ("row 1: expected an object", '"rows"'),
+    "number.json": ("row 1: 'output' is not text", '[{"instruction": "x", "output": 0}]'),
     "list.json": ("row 1: 'instruction'", '[{"instruction": ["x"], "output": "y"}]'),
-    "space.jsonl": ("row 2: 'output'", '\n{"instruction": "x", "output": " "}'),
-    "nested.json": ("row 1: expected an object", f"[[{GOOD}]]"), "cut.jsonl": ("line 2: not JSON", "{}\n{"),
-    "object.json": ("expected a list of rows", GOOD), "lines.json": ("line 2: not JSON", GOOD + "\n" + GOOD),
-    "latin.jsonl": ("byte 12 is not UTF-8", b'{"output": "\xe9"}'), "deep.json": ("recursion", NESTED),
-    "alone.json": ("holding out", f"[{GOOD}]"), "deep.jsonl": ("line 2: not JSON", "\n" + NESTED),
+    "spaced.jsonl": ("row 3: 'output'", f'\n{GOOD}\n{{"instruction": "x", "output": []}}'),
+    "nested.json": ("row 1: expected an object", f"[[{GOOD}]]"), "cut.jsonl": ("from line 2 on", "{}\n{"),
+    "comma.json": ("line 2 column 1", f"[{GOOD},\n]"), "single.json": ("line 1 column 2", "{'output': 'y'}"),
+    "data.json": ("but this has: version, data;", f'{{"version": 1, "data": [{GOOD}]}}'),
+    "columns.json": ("'instruction' is not text", '{"instruction": {"0": "x"}, "output": {"0": "y"}}'),
+    "latin.jsonl": ("can't decode byte 0xe9 in position 12", b'{"output": "\xe9"}'),
+    "deep.json": ("recursion", NESTED), "deep.jsonl": ("from line 2 on", "\n" + NESTED),
+    "alone.json": ("holding out", f"[{GOOD}]"),
     "pair.json": ("half of a surrogate pair", f'[{GOOD[:-2]}\\ud83d"}}]'),
     "task.json": ("row 1: 'task' is not one printable line", f'[{GOOD[:-1]}, "task": "a\\nb"}}]'),
-    "long.json": ("every answer is longer", LONG)}
+    "long.json": ("every answer is longer", LONG),
+    "share.json": ("but this has: conversations;", '[{"conversations": [{"from": "human", "value": "x"}]}]'),
+    "chat.jsonl": ("but this has: messages;", '{"messages": [{"role": "user", "content": "x"}]}'),
+    "prompt.jsonl": ("but this has: prompt, completion;", '{"prompt": "x", "completion": "y"}'),
+    "qa.jsonl": ("but this has: question, answer;", '{"question": "x", "answer": "y"}'),
+    "dolly.jsonl": ("but this has: instruction, context, response;",
+                    '{"instruction": "x", "context": "", "response": "y"}'),
+    "text.jsonl": ("but this has: text;", '{"text": "x"}'),
+    "rows.csv": ("not JSON", "instruction,output\nx,y\n"),
+    "rows.json.gz": ("compressed", b"\x1f\x8b\x08\0"), "rows.parquet": ("a Parquet or Arrow", b"PAR1\x15\0"),
+    "lfs.json": ("a Git LFS pointer", LFS),
+    "page.json": ("a server's answer", "<!DOCTYPE html><html>"),
+    "utf16.json": ("UTF-16", f"[{GOOD}]".encode("utf-16")),
+    "arrows/data-00000-of-00001.arrow": ("", b"ARROW1\0\0"), "arrows/state.json": ("", '{"_split": null}'),
+    "tables/train.parquet": ("", b"PAR1")}
 CONFIG = [  # a key of config.json, its value; None: it is missing
     ("model_type", "mistral"), ("hidden_act", "gelu"), ("attention_bias", True), ("rope_theta", -1),
     ("num_attention_heads", None), ("rope_theta", 10 ** 400), ("num_attention_heads", 3), ("head_dim", 31),
@@ -175,14 +201,25 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "integers": ("model.norm.weight is torch.int64; only", {
         PICKLE: {"model.norm.weight": torch.ones(64).long()}}),
     "code": ("it holds code, exec", {PICKLE: {"model.norm.weight": Code()}}),
-    "bin_cut": ("damaged", {PICKLE: pickled([1])[:-9]}), "endless": ("no end-of-sequence", {PIECES: endless}),
+    "bin_cut": ("damaged", {PICKLE: pickled([1])[:-9]}), "endless": ("no end of sequence is named", {
+        PIECES: endless, "config.json": {"eos_token_id": None}}),
     "bin_list": ("its content is list; only tensors", {PICKLE: pickled([1])}),
     "no_pieces": ("not a sentencepiece model", {PIECES: b""}),
     "no_tokenizer": (f"neither {PIECES} nor tokenizer.json", {PIECES: None}),
     "tiktoken": ("Llama 3's in tiktoken's format", {PIECES: b"IQ== 0\n"}),
+    "vocab": ("AutoTokenizer.from_pretrained", {PIECES: None, "vocab.json": "{}", "merges.txt": ""}),
+    "lfs_pieces": ("tokenizer.model: a Git LFS pointer", {PIECES: LFS}),
+    "lfs_json": ("tokenizer.json: a Git LFS pointer", {PIECES: None, "tokenizer.json": LFS}),
+    "lfs_config": ("tokenizer_config.json: a Git LFS pointer", {"tokenizer_config.json": LFS}),
+    "config_list": ("tokenizer_config.json: expected a JSON object", {"tokenizer_config.json": "[]"}),
+    "newer": ("is the package older than it?", {PIECES: None, "tokenizer.json": '{"version": "2.0"}'}),
+    "added": ("added tokens that cannot be read", {"added_tokens.json": '{"<x>": "y"}'}),
+    "added_list": ("added tokens that cannot be read", {"tokenizer.json": '{"added_tokens": [1]}'}),
+    "spare": ("'<pad>', in --template or a row, is id 1280", {
+        "added_tokens.json": '{"<pad>": 1280}', "tokenizer_config.json": '{"eos_token": "<pad>"}'}),
     "piece": ("not a sentencepiece model", {PIECES: lambda raw: raw.replace(b"<0xE6>", b"<0xE\xff>")}),
     "json": ("tokenizer.json", {PIECES: None, "tokenizer.json": "{}"}),
-    "large": ("only 9 embeddings", {
+    "large": ("but the base has 9 embeddings", {
         "config.json": {"vocab_size": 9}, PICKLE: {"model.embed_tokens.weight": torch.ones(9, 64)}})}
 ADAPTERS = {  # adapter.pt: what is said, what differs in it or what it is
     "code": ("it holds code, exec", {"more": Code()}), "empty": ("damaged", b""),
@@ -211,8 +248,16 @@ CHECKPOINTS = {  # checkpoint.pt: likewise
     "older": ("not written by this train.py (an earlier one?): base_steps", {"config": {"base_steps": 3}}),
     "no_totals": ("totals is missing", {"totals": None}), "no_rows": ("rows is missing", {"rows": None}),
     "other_base": ("made for another base", {"fingerprint": "0"}),
-    "parameters": ("missing", {"parameters": {}})}
-BAD = [*FLAGS.items(), *((f"--data={{bad}}/{name}", said) for name, (said, _) in DATA.items()),
+    "parameters": ("missing", {"parameters": {}}), "no_step": ("totals is missing", {"totals": {"step": 20}}),
+    **{f"{key}{i}": (f"{key} is missing, unknown, of another type", {key: value}) for key, values in {
+        "totals": (1, {"step": "20", "seconds": 1.0, "tokens": 1, "skipped": 0}), "rows": (1,),
+        "before": (1, {"sentiment": 1}, {"sentiment": {"accuracy": "1", "loss": 1.0, "tokens": 1}}),
+        "log_bytes": ("1",), "optimizer": (1, {"state": {0: 1}, "param_groups": []}, {"state": {}}),
+        "fingerprint": (1,)}.items() for i, value in enumerate(values)},
+    **{f"moments{i}": ("holds another optimizer", {"optimizer": {"state": {}, "param_groups": groups}})
+       for i, groups in enumerate(([], [1], [{"lr": 0.1}], [{"params": 1}], [{"params": [0]}]))}}
+BAD = [*FLAGS.items(),
+       *((f"--data={{bad}}/{name}", said) for name, (said, _) in DATA.items() if said),
        *((f"--init_from={{bad}}/{name}", said) for name, (said, _) in FOLDERS.items()),
        *((f"--mode=eval --out_dir={{bad}}/adapter_{name}", said) for name, (said, _) in ADAPTERS.items()),
        *((f"--resume --out_dir={{bad}}/checkpoint_{name}", said) for name, (said, _) in CHECKPOINTS.items())]
@@ -293,7 +338,7 @@ def test_odd_rows_are_taken_or_named(tokenizer, tmp_path):
     """Catches NUL or null that spoil a right row, and a line of 100 MB that is tokenised for minutes."""
     odd = tmp_path / "odd.jsonl"
     odd.write_text('{"instruction": "a\\u0000b", "input": null, "output": "c\u2028d"}\r\n', newline="")
-    row, = data.read_rows(str(odd))
+    (row,), = data.read_rows(str(odd))
     assert row == ("odd", "a\0b", "", "c\u2028d")
     assert tokenizer.decode(tokenizer.encode(row.instruction)) == "a\0b"
     odd.write_bytes(b'\n{"instruction": "a", "output": "' + b"b" * 10 ** 8 + b'"}')
@@ -369,19 +414,20 @@ def test_fuzz_row_parser(fuzz, tmp_path):
     rest = {"input": maybe | st.text(), "task": maybe, "x": values}
     row = st.fixed_dictionaries({"instruction": text, "output": text}, optional=rest)
 
-    def parse(objects, name, between):
-        text = between.join(map(json.dumps, objects)) if name == "x.jsonl" else json.dumps(objects)
-        (tmp_path / name).write_text(text, newline="")
-        rows = unless_refused(data.read_rows, str(tmp_path / name))
+    def parse(objects, listed, between):
+        text = json.dumps(objects) if listed else between.join(map(json.dumps, objects))
+        (tmp_path / "x.json").write_text(text, newline="")
+        parts = unless_refused(data.read_rows, str(tmp_path / "x.json"))
+        objects = objects[0] if not listed and len(objects) == 1 and type(objects[0]) is list else objects
         fields = {"task": "x", "instruction": "", "input": "", "output": ""}
-        assert rows is None or rows == [tuple(o.get(k) or v for k, v in fields.items()) for o in objects]
+        rows = [tuple(o.get(k) or v for k, v in fields.items()) for o in objects] if parts else []
+        assert not parts or parts == [[r for r in rows if (r[1] + r[2]).strip() and r[3].strip()]]
 
-    def parse_bytes(raw, name):
-        (tmp_path / name).write_bytes(raw)
-        unless_refused(data.read_rows, str(tmp_path / name))
-    names = st.sampled_from(["x.json", "x.jsonl"])
-    run(parse, st.lists(row) | st.lists(values), names, st.sampled_from(["\n", "\r\n"]))
-    run(parse_bytes, st.binary(), names)
+    def parse_bytes(raw):
+        (tmp_path / "x.json").write_bytes(raw)
+        unless_refused(data.read_rows, str(tmp_path / "x.json"))
+    run(parse, st.lists(row) | st.lists(values), st.booleans(), st.sampled_from(["\n", "\r\n", " ", ""]))
+    run(parse_bytes, st.binary())
 
 
 @pytest.mark.parametrize("config", [train.Config, bench.BenchConfig, compare.CompareConfig,

@@ -103,28 +103,101 @@ def test_templates(tokenizer):
 WORDS = "<s>", "</s>", "<|im_start|>", "<|im_end|>", "user", "assistant", "hi", "\n"
 
 
-def write_words(folder, words=WORDS, bos=True):
-    """A tokenizer.json of whole words, with control words and perhaps a bos that opens every text."""
+def write_words(folder, opening="<s>", cut=False):
+    """A tokenizer.json of whole words and control words, of which one may open every text and one ends it;
+    cut: saved with truncation and padding."""
     tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, "hi"))
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, "hi"))
     model.pre_tokenizer = tokenizers.pre_tokenizers.Split("\n", "isolated")
-    model.add_special_tokens([w for w in words if w.startswith("<")])
-    if bos:
+    model.add_special_tokens([w for w in WORDS if w.startswith("<")])
+    if opening:
         model.post_processor = tokenizers.processors.TemplateProcessing(
-            "<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+            f"{opening} $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    if cut:
+        model.enable_truncation(2)
+        model.enable_padding(length=9)
     model.save(str(folder / "tokenizer.json"))
 
 
 @pytest.mark.parametrize("bos", [True, False])
 def test_tokenizer_json_has_one_bos_and_its_control_words_are_ids(tmp_path, bos):
     """Catches a second bos, an end that the file itself would add, and <|im_end|> as text."""
-    write_words(tmp_path, bos=bos)
+    write_words(tmp_path, opening="<s>" * bos)
     tokenizer = data.open_tokenizer(tmp_path, 1)
-    tokenizer.use("chatml")
-    assert tokenizer.prefix == [0] * bos and tokenizer.end == 3 and tokenizer.size == 8
-    ids = data.encode(tokenizer, data.Row("t", "hi", "", "hi")).ids
-    assert ids[:len(tokenizer.prefix) + 1] == [0] * bos + [2] and ids[-2:] == [6, 3]
-    assert ids.count(3) == 2 and 1 not in ids
+    for template in ("chatml", "<s>" * bos + data.TEMPLATES["chatml"]):
+        tokenizer.use(template)
+        assert tokenizer.prefix == [0] * bos and tokenizer.end == 3 and tokenizer.size == 8
+        ids = data.encode(tokenizer, data.Row("t", "hi", "", "hi")).ids
+        assert ids[:len(tokenizer.prefix) + 1] == [0] * bos + [2] and ids[-2:] == [6, 3]
+        assert ids.count(3) == 2 and 1 not in ids
+
+
+# what tokenizer_config.json says beside <s> and </s>, what the file itself opens a text with: what opens it
+# here, what ends it
+@pytest.mark.parametrize("said, own, opening, eos", [
+    (None, "<s>", ["<s>"], "</s>"), (None, "", [], "</s>"),
+    ({}, "<s>", ["<s>"], "</s>"), ({}, "", [], "</s>"),
+    ({"add_bos_token": None}, "<s>", ["<s>"], "</s>"), ({"add_bos_token": True}, "<s>", ["<s>"], "</s>"),
+    ({"add_bos_token": True}, "", ["<s>"], "</s>"), ({"add_bos_token": False}, "<s>", [], "</s>"),
+    ({"add_bos_token": True, "bos_token": {"content": "user"}}, "", ["user"], "</s>"),
+    ({"bos_token": "</s>"}, "</s>", ["</s>"], "</s>"), ({"eos_token": "user"}, "<s>", ["<s>"], "user"),
+    ({"eos_token": {"content": "hi"}}, "<s>", ["<s>"], "hi"), ({"eos_token": "none"}, "<s>", ["<s>"], "</s>"),
+    ({"eos_token": ["hi"], "bos_token": 5, "add_bos_token": "x"}, "<s>", ["<s>"], "</s>")])
+def test_what_opens_and_ends_a_text(tmp_path, said, own, opening, eos):
+    """Catches a bos against the makers' words, or lost because it is eos too, another end than the named one,
+    and a tokenizer that cuts and pads because its file was saved so."""
+    write_words(tmp_path, own, cut=True)
+    if said is not None:
+        said = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"} | said
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    tokenizer = data.open_tokenizer(tmp_path, 1)
+    assert [tokenizer.names[i] for i in tokenizer.prefix] == opening and tokenizer.names[tokenizer.eos] == eos
+    assert tokenizer.encode("hi\nhi\nhi") == [6, 7, 6, 7, 6]
+
+
+@pytest.mark.parametrize("said, prefix, eos", [
+    ({}, [1], 2), ({"add_bos_token": True}, [1], 2), ({"add_bos_token": False}, [], 2),
+    ({"bos_token": "", "eos_token": ""}, [1], 2), ({"eos_token": "<|im_end|>"}, [1], 1281)])
+@pytest.mark.parametrize("place", ["added_tokens.json", "tokenizer.json"])
+def test_words_that_a_chat_added_to_a_sentencepiece_model(tmp_path, tokenizer, said, prefix, eos, place):
+    """Catches a control word of a template that is read as text, and one of a row that is not."""
+    n = tokenizer.size
+    added = {"<|im_start|>": n, "<|im_end|>": n + 1}
+    listed = {"added_tokens": [{"content": word, "id": i} for word, i in added.items()]}
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.path.read_bytes())
+    (tmp_path / place).write_text(json.dumps(added if place == "added_tokens.json" else listed))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+    ours, ids = data.open_tokenizer(tmp_path), tokenizer.encode
+    row = data.Row("t", "Is it <|im_end|>?", "", "no")
+    assert (ours.prefix, ours.eos, ours.size) == (prefix, eos, n + 2)
+    ours.use("chatml")
+    e = data.encode(ours, row)
+    assert e.ids == (prefix + [n] + ids("user\nIs it <|im_end|>?") + [n + 1] + ids("\n") + [n]
+                     + ids("assistant\n") + ids("no") + [n + 1])
+    assert ours.decode(e.ids[e.n_prompt:]) == "no<|im_end|>"
+    examples = []
+    for template in ("{instruction}{output}{eos}", "<s>{instruction}{output}" + ours.names[eos]):
+        ours.use(template)
+        examples.append(data.encode(ours, row))
+    assert examples[0].ids[len(prefix):] == examples[1].ids[1:] and examples[1].ids[0] == 1
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_ids_that_only_one_of_tokenizer_and_base_knows(tmp_path, tokenizer, kind):
+    """Catches an answer of a spare id that crashes, and a word without an embedding that crashes later."""
+    if kind == "tokenizer.json":
+        write_words(tmp_path)
+        tokenizer = data.open_tokenizer(tmp_path, 1)
+    ids, n = tokenizer.encode("hi"), tokenizer.size
+    assert tokenizer.decode([n, *ids, n + 7, n]) == f"<{n}>{tokenizer.decode(ids)}<{n + 7}><{n}>"
+    assert tokenizer.decode([]) == ""
+    tokenizer = data.Tokenizer(tokenizer.path) if kind == "tokenizer.model" else tokenizer
+    row = data.Row("t", "hi", "", "user")
+    tokenizer.limit = 1 + max(data.encode(tokenizer, row).ids)
+    data.encode(tokenizer, row)
+    tokenizer.limit -= 1
+    with pytest.raises(InputError, match="is id {0}, but the base has {0} emb".format(tokenizer.limit)):
+        data.encode(tokenizer, row)
 
 
 def test_which_tokenizer_is_used(tmp_path, tokenizer, capsys):
@@ -156,8 +229,59 @@ def test_files_and_folders_become_tasks(tmp_path):
     (tmp_path / "two.jsonl").write_bytes(b"\xef\xbb\xbf" + lines + b"\r\n")
     rest = [("other", "Say", "", "c"), ("other", "", "asked here", "d")]
     expected = [("one", "Say", "a", "b"), *rest, ("two", "Say", "a", "b"), *rest]
-    assert data.read_rows(str(tmp_path)) == expected
-    assert data.read_rows(f"{tmp_path}/one.json,{tmp_path}/two.jsonl") == expected
+    assert data.read_rows(str(tmp_path)) == [expected]
+    assert data.read_rows(f"{tmp_path}/one.json,{tmp_path}/two.jsonl", str(tmp_path)) == [expected, expected]
+
+
+@pytest.mark.parametrize("train, test, names", [
+    (["boolq.json"], ["test/boolq.json"], ["boolq"]), (["boolq-train.json"], ["boolq-test.json"], ["boolq"]),
+    (["boolq_train.jsonl"], ["boolq.dev.json"], ["boolq"]),
+    (["d/boolq/train.json"], ["d/boolq/test.json"], ["boolq"]),
+    (["q/train-00-of-02.jsonl", "q/train-01-of-02.jsonl"], ["q/test-00-of-01.jsonl"], ["q"]),
+    (["boolq/train.json", "piqa/train.json"], ["piqa/Test.JSON", "boolq/validation.json"], ["boolq", "piqa"]),
+    (["a/rows.json", "b/rows.json"], ["b/test/rows.json"], ["a/rows", "b/rows"]),
+    (["a/q/train.json", "b/q/train.json", "c.json"], ["a/q/val.json"], ["a/q", "b/q", "c"]),
+    (["latest.json", "contest.json", "test-1.json"], ["contest-test.json"], ["contest", "latest", "test-1"])])
+def test_a_task_is_named_by_its_data_set(tmp_path, train, test, names):
+    """Catches different data sets that become one task, and train and test files of one that do not meet."""
+    for name in train + test:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"instruction": "a", "output": "b"}')
+    parts = data.read_rows(*(",".join(f"{tmp_path}/{name}" for name in names) for names in (train, test)))
+    tasks = [sorted({row.task for row in rows}) for rows in parts]
+    assert tasks[0] == names and len(tasks[1]) == len(test) and set(tasks[1]) <= set(names)
+
+
+ROW = '{"instruction": "x", "input": null, "output": "y", "task": ""}'
+BLANK = [ROW, ROW.replace('"y"', '" "'), ROW.replace('"y"', "null"), ROW.replace('"x"', '""')]
+
+
+@pytest.mark.parametrize("files, n_rows, said", [
+    ({"f.json": f"{ROW}\n{ROW}\n"}, 2, ""), ({"f.jsonl": f"[{ROW},\n{ROW}]"}, 2, ""),
+    ({"F.JSON": f"[{ROW}]"}, 1, ""), ({"f.JsonL": ROW}, 1, ""),
+    ({"f.json": ROW.replace(",", ",\n") + ROW}, 2, ""), ({"f.json": ROW.replace("null", "NaN")}, 1, ""),
+    ({"f.json": ROW, ".f.json": "{", "._f.json": b"\0\x05\x16", "README.md": "# f", "g.json/x": "{"}, 1, ""),
+    ({"f.json": f"[{','.join(BLANK)}]"}, 1,
+     "rows left out because their question or their answer is blank: 3\n"),
+    ({"f.jsonl": ROW[:-1] + ', "context": "c", "id": 1}' + ROW[:-1] + ', "context": "d", "history": []}'}, 2,
+     "keys not used: context (2 rows), id (1 rows)\n"),
+    ({"f-train.json": ROW, "f_test.json": ROW}, 2, "2 files are one task, f\n")],
+    ids=lambda v: ascii(v)[:30] if isinstance(v, dict) else "")
+def test_files_that_users_have(tmp_path, capsys, files, n_rows, said):
+    """Catches a usual file that is refused or half read, and anything left out of which no line tells."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    rows, = data.read_rows(str(tmp_path))
+    assert {(r.instruction, r.input, r.output) for r in rows} == {("x", "", "y")} and len(rows) == n_rows
+    assert {r.task.lower() for r in rows} == {"f"} and capsys.readouterr().out == said
+
+
+def test_a_file_that_stands_twice_is_told(tmp_path, capsys):
+    """Catches rows that count twice because a file and its folder were both named."""
+    (tmp_path / "f.json").write_text(ROW)
+    rows, = data.read_rows(f"{tmp_path},{tmp_path}/../{tmp_path.name}/f.json")
+    assert len(rows) == 2 and f"warning: a file stands twice in {tmp_path}," in capsys.readouterr().out
 
 
 def test_long_rows_lose_prompt_never_answer(tokenizer, capsys):
@@ -174,6 +298,15 @@ def test_long_rows_lose_prompt_never_answer(tokenizer, capsys):
     assert "1 prompts shortened and 1 rows dropped of 2" in capsys.readouterr().out
     with pytest.raises(InputError, match="no supervised token"):
         data.encode_rows(tokenizer, rows[1:], 60, "train")
+
+
+def test_rows_that_end_themselves_are_told(tokenizer, capsys):
+    """Catches answers that were stored with their end of sequence, which would be learnt as text."""
+    texts = ("who?", "", "Anna</s>"), ("<s>who?", "", "Anna"), ("s", "", "s")
+    rows = [data.Row("t", *parts) for parts in texts]
+    data.encode_rows(tokenizer, rows, 60, "training")
+    told = "warning: 2 training rows hold </s> or <s>; remove it, for it is added here\n"
+    assert capsys.readouterr().out == told
 
 
 def test_hold_out_keeps_equal_prompts_together_and_every_row():

@@ -14,6 +14,7 @@ import os
 import pickle
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,7 +166,12 @@ def test_letters_of_several_tokens_are_printed_once_whole(tokenizer, capsys):
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_export_writes_a_plain_llama(base, tmp_path, method):
-    """Catches an export without tokenizer or what was trained, and one that replaces an older export."""
+    """Catches an export without tokenizer, chat template or what was trained, and one that replaces an older
+    export."""
+    base = shutil.copytree(base, tmp_path / "base")
+    (base / "tokenizers.old").mkdir()
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "generation_config.json").write_text('{"eos_token_id": 7, "top_p": 0.9}')
     train.main(flags_of(base, tmp_path, "--steps=4", f"--method={method}", "--template=llama2"))
     use("export", base, tmp_path)
     model, tokenizer, _ = prepared(base, tmp_path)
@@ -175,6 +181,9 @@ def test_export_writes_a_plain_llama(base, tmp_path, method):
     frozen = load_llama(base).model.layers[0].mlp.up_proj.weight
     assert not torch.equal(exported.model.layers[0].mlp.up_proj.weight, frozen)
     assert data.open_tokenizer(tmp_path / "export", 2).size == tokenizer.size
+    assert (tmp_path / "export" / "chat_template.jinja").read_text() == "{{ messages }}"
+    assert json.loads((tmp_path / "export" / "generation_config.json").read_text()) == {
+        "eos_token_id": [2, 7], "top_p": 0.9}
     with pytest.raises(SystemExit, match="exists already"):
         use("export", base, tmp_path)
 
@@ -242,17 +251,90 @@ def test_a_finished_run_may_be_replaced_whole(base, tmp_path):
     assert not (tmp_path / "previous_checkpoint.pt").exists()
 
 
-def test_resuming_on_other_rows_is_refused(base, tmp_path):
-    """Catches a data file that changed between parts of a run, a resumed run that wants its paths again."""
-    rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
-    flags = flags_of(base, tmp_path, f"--data={tmp_path}/rows.json", "--steps=4")
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
+def write_rows(path, n=60):
+    """A file of n rows, sorted by a task of their own."""
+    rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}", "task": "ab"[i >= n // 2]}
+            for i in range(n)]
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def test_resuming_on_other_rows_is_refused_but_files_may_move(base, tmp_path):
+    """Catches a data file that changed between parts of a run, a resumed run that wants its paths again, or
+    the old ones, and flags that are checked without the saved ones."""
+    rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
+    flags = flags_of(base, out, f"--data={rows}", "--steps=4", "--max_length=200")
     assert train.main(flags + ["--stop_after=2"]) is None
-    (tmp_path / "rows.json").write_text(json.dumps(rows[:-1]))
-    with pytest.raises(SystemExit, match="rows of --data are not those"):
+    write_rows(rows, 58)
+    with pytest.raises(SystemExit, match="rows are not those"):
         train.main(flags + ["--resume"])
-    (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert train.main([f"--out_dir={tmp_path}", "--device=cpu", "--resume"])["steps"] == 4
+    write_rows(rows)
+    resume = [f"--out_dir={out}", "--device=cpu", "--resume"]
+    assert train.main([*resume, "--max_tokens=208", "--stop_after=3"]) is None
+    rows.unlink()
+    moved = [f"--data={write_rows(tmp_path / 'moved' / 'rows.json')}",
+             f"--init_from={shutil.copytree(base, tmp_path / 'base')}"]
+    assert train.main([*resume, *moved])["steps"] == 4
+
+
+def test_a_run_that_has_ended_goes_on_with_more_steps(finished, base, tmp_path, capsys):
+    """Catches more steps that are refused, begin anew, or at a learning rate nobody was told of."""
+    out = shutil.copytree(finished[0], tmp_path / "more")
+    assert train.main([f"--out_dir={out}", "--device=cpu", "--resume", "--steps=30"])["steps"] == 30
+    log, old = read_log(out), read_log(finished[0])
+    assert [r["step"] for r in log] == list(range(1, 31)) and same(log[:20], old)
+    rates = [3e-3 * train.schedule(i, 30, 0.2) for i in range(20, 30)]
+    assert [r["learning_rate"] for r in log[20:]] == rates
+    assert "--steps=30, 20 before: the learning rate goes on at 0.0011, not at 0," in capsys.readouterr().out
+
+
+def test_a_new_run_starts_from_an_adapter(finished, base, tmp_path):
+    """Catches an adapter that is not loaded, lends more than itself, or is taken for another later."""
+    old = [f"--init_from={base},{finished[0]}/adapter.pt", "--device=cpu", f"--out_dir={tmp_path}"]
+    quick = [flag for flag in QUICK if not flag.startswith(("--rank", "--steps"))]
+    for more in (["--stop_after=2"], ["--resume"]):      # the second says as the first how it began
+        summary = train.main([*quick, *old, "--steps=4", *more])
+    assert summary["base_val_loss"] == finished[1]["val_loss"] > summary["val_loss"]
+    log = read_log(tmp_path)
+    assert [r["step"] for r in log] == [1, 2, 3, 4] and log[0]["learning_rate"] == 3e-3
+    assert train.val_loss(use("eval", base, tmp_path)) == summary["val_loss"]
+    assert train.val_loss(train.main([*old, "--mode=eval"])) == finished[1]["val_loss"]
+
+
+def test_training_on_all_rows_evaluates_nothing(base, tmp_path, capsys):
+    """Catches a share of 0 that is refused, loses rows, or crashes where there is nothing to evaluate."""
+    flags = flags_of(base, tmp_path / "out", f"--data={write_rows(tmp_path / 'rows.json')}", "--val_share=0",
+                     "--method=lora", "--steps=4")
+    assert train.main([*flags, "--stop_after=2"]) is None
+    summary = train.main([*flags, "--resume"])
+    assert summary["mean_accuracy"] is summary["val_loss"] is summary["base_mean_accuracy"] is None
+    assert summary["accuracy"] == {} and "mean accuracy" not in capsys.readouterr().out
+    assert len(train.read_data(train.Config(data=f"{tmp_path}/rows.json", val_share=0.0))[0]) == 60
+    with pytest.raises(SystemExit, match="holding out 0% of 60 rows .* give --val_data"):
+        train.main([*flags, "--mode=eval"])
+    use("export", base, tmp_path / "out")
+
+
+def test_evaluation_takes_a_sample_that_new_rows_hardly_change(tokenizer, tmp_path):
+    """Catches the first rows of a sorted file in place of a sample of all."""
+    cfg, picked = train.Config(val_examples=20), []
+    for n in (400, 401):
+        rows = [data.Row("t", f"number {i}?", "", "low" if i < n // 2 else "high") for i in range(n)]
+        picked.append(train.encode_held_out(cfg, tokenizer, rows, "test")["t"])
+    answers = Counter(tokenizer.decode(e.ids[e.n_prompt:-1]) for e in picked[0])
+    assert sum(answers.values()) == 20 and min(answers["low"], answers["high"]) >= 5
+    assert len([e for e in picked[1] if e in picked[0]]) >= 19
+
+
+def test_what_is_told_of_length_and_home(base, tmp_path, monkeypatch, capsys):
+    """Catches rows longer than the base was made for of which nobody hears, and a folder called ~."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg, _ = train.compose(train.parse_flags(["--out_dir=~/out", "--data=~/a,b~/~"]))
+    assert (cfg.out_dir, cfg.data) == (f"{tmp_path}/out", f"{tmp_path}/a,b~/~")
+    for length, told in ((2048, False), (2049, True)):
+        prepared(base, tmp_path, method="none", data="x", max_length=length, max_tokens=4096)
+        assert ("max_position_embeddings=2048" in capsys.readouterr().out) == told
 
 
 # ---- Bad steps, several processes
@@ -270,7 +352,7 @@ def test_many_steps_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch
     with pytest.raises(SystemExit, match="20 steps in a row up to step 25 .* --learning_rate"):
         train.main(flags_of(base, tmp_path, "--steps=40"))
     monkeypatch.undo()
-    saved = train.read_saved(tmp_path / "checkpoint.pt")
+    saved = train.read_checkpoint(tmp_path / "checkpoint.pt")
     assert saved["totals"]["step"] == 25 and saved["totals"]["skipped"] == 20
     assert [r["loss"] is None for r in read_log(tmp_path)] == [False] * 5 + [True] * 20
     assert train.main(flags_of(base, tmp_path / "five", "--steps=40", "--stop_after=5")) is None
@@ -329,6 +411,16 @@ def test_a_signal_finishes_the_step_and_tells_how_to_continue(
     monkeypatch.undo()
     train.main(shlex.split(told.partition("python train.py ")[2]))
     assert_same_run(finished[0], out)
+
+
+def test_a_signal_while_pytorch_loads_is_no_traceback(tmp_path):
+    """Catches Ctrl-C in the first seconds that prints a page."""
+    (tmp_path / "torch.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
+    with subprocess.Popen([sys.executable, train.__file__], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)}) as process:
+        assert process.stdout.readline() == b"loading\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"") and process.returncode == -signal.SIGINT
 
 
 def test_a_signal_outside_of_training_is_one_line(base, tmp_path, monkeypatch):
@@ -475,6 +567,33 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(
     (tmp_path / "stop" / "checkpoint.pt.tmp").mkdir(parents=True)
     with pytest.raises(SystemExit, match="error: .*checkpoint.pt.tmp"):
         train.main(flags_of(base, tmp_path / "stop", "--stop_after=3"))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of a file")
+def test_a_disk_that_fills_up_in_the_middle_of_a_file(finished, base, tmp_path, monkeypatch, capsys):
+    """Catches the error that torch.save makes of a refused write, after which a run used to end."""
+    import resource
+    limits, schedule = resource.getrlimit(resource.RLIMIT_FSIZE), train.schedule
+
+    def fill_disk(step, *args):                  # the save after step 8 may write half of its checkpoint
+        resource.setrlimit(resource.RLIMIT_FSIZE, (90_000 if 4 <= step < 8 else limits[0], limits[1]))
+        return schedule(step, *args)
+    monkeypatch.setattr(train, "schedule", fill_disk)
+    train.main(flags_of(base, tmp_path))
+    told = f"File too large: '{tmp_path}/checkpoint.pt.tmp'; training goes on"
+    assert capsys.readouterr().out.count(told) == 1
+    monkeypatch.undo()
+    assert_same_run(finished[0], tmp_path)
+    path = tmp_path / "adapter.pt"
+    before, content = path.read_bytes(), load(path)
+    try:
+        for n in (0, 1000, 30_000, 60_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (n, limits[1]))
+            with pytest.raises(OSError, match="File too large: .*adapter.pt.tmp"):
+                train.write_atomically(path, lambda f: torch.save(content, f))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before and not (tmp_path / "adapter.pt.tmp").exists()
 
 
 def test_log_lines_wait_while_they_cannot_be_written(tmp_path, capsys):
