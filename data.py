@@ -13,7 +13,6 @@ What may surprise:
   it has read, in words that no training question used.
 - Prompt and answer are tokenised apart, and end-of-sequence is an id: sentencepiece never makes it of text.
 - Padding is masked by length, not by id: with pad = end-of-sequence a model would never learn to stop.
-- Tokenizer.encode makes ids of a text, `encode` an Example of a row, `encode_rows` Examples of many.
 
 Letters: B batch, T time.
 """
@@ -628,7 +627,7 @@ def open_tokenizer(folder, eos=None):
 
 # ---- Examples and batches
 
-def encode(tokenizer, row):
+def to_example(tokenizer, row):
     """Row -> Example: the row in the tokenizer's template; instruction or input may be empty.
 
     A row with neither is plain text, supervised throughout. Else prompt and answer are tokenised apart.
@@ -649,13 +648,13 @@ def encode(tokenizer, row):
     return Example(row.task, ids, max(1, len(head)))
 
 
-def encode_rows(tokenizer, rows, max_length, name, shortest=16):
+def to_examples(tokenizer, rows, max_length, name, shortest=16):
     """Rows -> Examples of at most max_length ids. Too long a prompt loses its middle, for the question may
     stand at either end; a row whose answer leaves it fewer than `shortest` ids is dropped. Both are counted
     and printed."""
     examples, cuts, drops, prefix = [], 0, 0, len(tokenizer.prefix)
     for row in tqdm(rows, desc=f"tokenise {name}", unit="row", mininterval=1, leave=False):
-        e = encode(tokenizer, row)
+        e = to_example(tokenizer, row)
         if (excess := len(e.ids) - max_length) > 0:
             room = e.n_prompt - 1 - prefix - excess  # ids of text left in the prompt
             if room < shortest:

@@ -101,8 +101,7 @@ class Config(AdapterConfig):
     log_every: int = flag(10, "write a line of log.jsonl every so many steps", least=1)
     save_every: int = flag(200, "write a checkpoint every so many steps; 0: only where the run ends or is "
                                "stopped")
-    stop_after: int = flag(0, "end this run after so many steps with a checkpoint, for --resume; 0: run to "
-                              "the end")
+    stop_at: int = flag(0, "end this run after this step with a checkpoint, for --resume; 0: run to the end")
     resume: bool = flag(False, "continue from out_dir/checkpoint.pt; start if there is none")
     prompt: str = flag("", "what to answer with --mode=sample; empty: every line that comes in, each for "
                            "itself")
@@ -133,89 +132,6 @@ class Config(AdapterConfig):
     def adapter(self):
         """The adapter's settings alone."""
         return AdapterConfig(**{f.name: getattr(self, f.name) for f in fields(AdapterConfig)})
-
-
-# what --paper means: the paper's own where it gives them (E, r, targets, no balance term), else those of the
-# code that it was forked from; the weights' sum E and M are the layer itself
-PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropout": 0.05, "balance": 0.0,
-         "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03,
-         "weight_decay": 0.0, "max_length": 1024}
-# what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
-OF_CALL = ("mode", "resume", "stop_after", "prompt", "out_dir", "device")
-OF_ADAPTER = (*(f.name for f in fields(AdapterConfig)), "template")
-PATHS = ("out_dir", "init_from", "data", "val_data")  # a resumed run's files may move: it compares contents
-FREE_ON_RESUME = ("resume", "stop_after", "log_every", "save_every", "max_tokens", "checkpointing",
-                  "compile", "device", "steps", *PATHS)
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message}; --help lists the flags")
-
-
-def parse_flags(argv, config=Config, skip=()):
-    """Command line -> {name: value} of what the user wrote, no more: so it can override a checkpoint's."""
-    def boolean(text):
-        if text.lower() not in ("true", "false"):
-            raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
-        return text.lower() == "true"
-
-    def listed(kind):
-        def values(text):
-            return tuple(map(kind, text.split(",")))
-        values.__name__ = f"list of {kind.__name__}"             # argparse names it in its errors
-        return values
-
-    about = sys.modules[config.__module__].__doc__.split("\n\n")
-    parser = Parser(description="\n\n".join(about[:2]), allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(config):
-        kind = type(f.default)
-        if f.name in skip:
-            continue
-        shown = ",".join(map(str, f.default)) if kind is tuple else f.default
-        options = {"nargs": "?", "const": True, "type": boolean} if kind is bool else {
-            "type": listed(type(f.default[0])) if kind is tuple else kind}
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
-                            help=f"{f.metadata['help'].replace('%', '%%')} [{shown}]", **options)
-    return vars(parser.parse_args(argv))
-
-
-def compose(given, config=Config):
-    """Flags -> (configuration, what the file holds that it goes on from, in out_dir or --init_from, or None).
-
-    Defaults, then what the file says, then the flags; InputError if a flag contradicts the file.
-    """
-    given = (PAPER if given.get("paper") else {}) | given | {
-        k: ",".join(map(os.path.expanduser, given[k].split(","))) for k in PATHS if k in given}
-    mode, out = given.get("mode", config.mode), Path(given.get("out_dir", config.out_dir))
-    path, saved, adapter = out / "checkpoint.pt", None, ""
-    if config is Config and given.get("init_from", "").endswith(".pt"):
-        given["init_from"], _, adapter = given["init_from"].rpartition(",")
-    if mode == "train" and given.get("resume"):
-        if out.is_dir() and RANK == 0:
-            lock(out.resolve())  # before a checkpoint is read that another run may be about to replace
-        if not (saved := read_checkpoint(path)):
-            print(f"nothing to resume in {out} yet: starting")
-    resumed = bool(saved)
-    if not saved and (adapter if mode == "train" else given.get("method") != "none"):
-        path = Path(adapter or out / "adapter.pt")
-        saved = read_saved(path)
-    if not saved:
-        return config(**given), None
-    for name, value in given.items():            # val_share, or else trained rows would be evaluated
-        fixed = name not in FREE_ON_RESUME if resumed else (
-            name in OF_ADAPTER or name == "val_share" and mode == "eval")
-        if fixed and saved["config"].get(name, value) != value:
-            raise InputError(f"--{name}={value} contradicts {path}, which was made with "
-                             f"{saved['config'][name]}")
-    if mode != "train":                          # an adapter may be a stranger's: no path in it is followed
-        for name in ("init_from", "data", "val_data")[:3 if mode == "eval" else 1]:
-            if name not in given and saved["config"][name]:
-                raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
-                                 "too, for no path in a file is followed")
-    kept = OF_ADAPTER if mode == "train" and not resumed else saved["config"].keys() - OF_CALL
-    return config(**{k: saved["config"][k] for k in kept} | given), saved
 
 
 def device_and_dtype(cfg):
@@ -449,7 +365,7 @@ def fit(model, step_batches, optimizer, cfg, steps, *,
 
     log(record) and save(optimizer, totals) are called when due; resumed is what was saved, of which the
     optimizer has its part. Returns totals.
-    Raises KeyboardInterrupt, after saving, at stop_after or once `stopped` (see held_signals) holds a signal.
+    Raises KeyboardInterrupt, after saving, at stop_at or once `stopped` (see held_signals) holds a signal.
     """
     assert {p for group in optimizer.param_groups for p in group["params"]} == set(trained(model).values())
     for group in optimizer.param_groups:
@@ -457,7 +373,7 @@ def fit(model, step_batches, optimizer, cfg, steps, *,
     device = next(model.parameters()).device
     balance = cfg.balance if adapter_layers(model) else 0.0
     progress = Progress(device, resumed and resumed["totals"])
-    first, end = progress.before["step"], min(steps, cfg.stop_after or steps)
+    first, end = progress.before["step"], min(steps, cfg.stop_at or steps)
     totals, signalled = progress.before, False
     model.train()
     bar = tqdm(range(first, end), initial=first, total=end, desc=name, unit="step", dynamic_ncols=True,
@@ -759,11 +675,11 @@ def digest_of(rows):
 def encode_held_out(cfg, tokenizer, rows, name):
     """task -> at most --val_examples Examples, of these rows or, without any, of MiniCME's split `name`."""
     if rows is None:
-        return {task: [data.encode(tokenizer, row) for row in rows]
+        return {task: [data.to_example(tokenizer, row) for row in rows]
                 for task, rows in data.minicme_held_out(name, cfg.val_examples or 400).items()}
     split = {}
     rows = sorted(rows, key=data.place)          # a sample, for files are often sorted
-    for e in data.encode_rows(tokenizer, rows, cfg.max_length, name) if rows else ():
+    for e in data.to_examples(tokenizer, rows, cfg.max_length, name) if rows else ():
         examples = split.setdefault(e.task, [])
         if not cfg.val_examples or len(examples) < cfg.val_examples:
             examples.append(e)
@@ -775,8 +691,8 @@ def encode_data(cfg, tokenizer, rows, held_out="test"):
     if rows is None:
         stream = data.minicme(cfg.seed)
         split = encode_held_out(cfg, tokenizer, None, held_out)
-        return lambda i: data.encode(tokenizer, stream(i)), split, data.CHANCE
-    train = data.encode_rows(tokenizer, rows[0], cfg.max_length, "training")
+        return lambda i: data.to_example(tokenizer, stream(i)), split, data.CHANCE
+    train = data.to_examples(tokenizer, rows[0], cfg.max_length, "training")
     split = encode_held_out(cfg, tokenizer, rows[1], "validation")
     tasks = {r.task for part in rows for r in part}
     for name, left in (("training", {e.task for e in train}), ("validation", split.keys() or tasks)):
@@ -984,7 +900,7 @@ def run_sample(cfg, saved):
         # the bare base continues the text, unless a template of its own is named; an adapter answers it
         bare = cfg.method == "none" and cfg.template == "paper"
         row = data.Row("sample", "", "", text) if bare else data.Row("sample", text, "", "")
-        ids = data.encode(tokenizer, row).ids[:-1]
+        ids = data.to_example(tokenizer, row).ids[:-1]
         if text.strip():
             if not 0 < len(ids) <= cfg.max_length:
                 raise InputError(f"the prompt has {len(ids)} tokens; give 1 to {cfg.max_length}, or raise "
@@ -1013,6 +929,91 @@ def run_export(cfg, saved):
     print(f"wrote {out}: {n:,} parameters, method {cfg.method} merged in")
 
 
+# ---- The command line
+
+# what --paper means: the paper's own where it gives them (E, r, targets, no balance term), else those of the
+# code that it was forked from; the weights' sum E and M are the layer itself
+PAPER = {"method": "teamlora", "n_experts": 4, "rank": 32, "alpha": 32.0, "dropout": 0.05, "balance": 0.0,
+         "targets": ("gate_proj", "up_proj", "down_proj"), "learning_rate": 2e-4, "warmup": 0.03,
+         "weight_decay": 0.0, "max_length": 1024}
+# what no file remembers, what an adapter fixes for later use, and what may change when a run is resumed
+OF_CALL = ("mode", "resume", "stop_at", "prompt", "out_dir", "device")
+OF_ADAPTER = (*(f.name for f in fields(AdapterConfig)), "template")
+PATHS = ("out_dir", "init_from", "data", "val_data")  # a resumed run's files may move: it compares contents
+FREE_ON_RESUME = ("resume", "stop_at", "log_every", "save_every", "max_tokens", "checkpointing",
+                  "compile", "device", "steps", *PATHS)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message}; --help lists the flags")
+
+
+def parse_flags(argv, config=Config, skip=()):
+    """Command line -> {name: value} of what the user wrote, no more: so it can override a checkpoint's."""
+    def boolean(text):
+        if text.lower() not in ("true", "false"):
+            raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
+        return text.lower() == "true"
+
+    def listed(kind):
+        def values(text):
+            return tuple(map(kind, text.split(",")))
+        values.__name__ = f"list of {kind.__name__}"             # argparse names it in its errors
+        return values
+
+    about = sys.modules[config.__module__].__doc__.split("\n\n")
+    parser = Parser(description="\n\n".join(about[:2]), allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(config):
+        kind = type(f.default)
+        if f.name in skip:
+            continue
+        shown = ",".join(map(str, f.default)) if kind is tuple else f.default
+        options = {"nargs": "?", "const": True, "type": boolean} if kind is bool else {
+            "type": listed(type(f.default[0])) if kind is tuple else kind}
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, metavar=kind.__name__.upper(),
+                            help=f"{f.metadata['help'].replace('%', '%%')} [{shown}]", **options)
+    return vars(parser.parse_args(argv))
+
+
+def compose(given, config=Config):
+    """Flags -> (configuration, what the file holds that it goes on from, in out_dir or --init_from, or None).
+
+    Defaults, then what the file says, then the flags; InputError if a flag contradicts the file.
+    """
+    given = (PAPER if given.get("paper") else {}) | given | {
+        k: ",".join(map(os.path.expanduser, given[k].split(","))) for k in PATHS if k in given}
+    mode, out = given.get("mode", config.mode), Path(given.get("out_dir", config.out_dir))
+    path, saved, adapter = out / "checkpoint.pt", None, ""
+    if config is Config and given.get("init_from", "").endswith(".pt"):
+        given["init_from"], _, adapter = given["init_from"].rpartition(",")
+    if mode == "train" and given.get("resume"):
+        if out.is_dir() and RANK == 0:
+            lock(out.resolve())  # before a checkpoint is read that another run may be about to replace
+        if not (saved := read_checkpoint(path)):
+            print(f"nothing to resume in {out} yet: starting")
+    resumed = bool(saved)
+    if not saved and (adapter if mode == "train" else given.get("method") != "none"):
+        path = Path(adapter or out / "adapter.pt")
+        saved = read_saved(path)
+    if not saved:
+        return config(**given), None
+    for name, value in given.items():            # val_share, or else trained rows would be evaluated
+        fixed = name not in FREE_ON_RESUME if resumed else (
+            name in OF_ADAPTER or name == "val_share" and mode == "eval")
+        if fixed and saved["config"].get(name, value) != value:
+            raise InputError(f"--{name}={value} contradicts {path}, which was made with "
+                             f"{saved['config'][name]}")
+    if mode != "train":                          # an adapter may be a stranger's: no path in it is followed
+        for name in ("init_from", "data", "val_data")[:3 if mode == "eval" else 1]:
+            if name not in given and saved["config"][name]:
+                raise InputError(f"{path} was made with --{name}={saved['config'][name]}; say --{name} here "
+                                 "too, for no path in a file is followed")
+    kept = OF_ADAPTER if mode == "train" and not resumed else saved["config"].keys() - OF_CALL
+    return config(**{k: saved["config"][k] for k in kept} | given), saved
+
+
 MODES = {"train": run_train, "eval": run_eval, "sample": run_sample, "export": run_export}
 
 
@@ -1039,7 +1040,7 @@ def main(argv=None, run=None, config=Config):
         if RANK > 0:                             # process 0 speaks for all
             sys.stdout = open(os.devnull, "w")
             tqdm.__init__ = partialmethod(tqdm.__init__, disable=True)
-        given = parse_flags(argv, config, skip=("mode", "resume", "stop_after") if run else ())
+        given = parse_flags(argv, config, skip=("mode", "resume", "stop_at") if run else ())
         cfg, saved = compose(given, config)
         if RANKS > 1 and (run or cfg.mode not in ("train", "eval") or cfg.batch_size < RANKS):
             raise InputError(f"{RANKS} processes are for --mode=train and eval, with an example in every "
@@ -1059,7 +1060,7 @@ def main(argv=None, run=None, config=Config):
         if run or given.get("mode", "train") != "train":
             sys.exit("error: interrupted; the same command begins or goes on again")
         flags = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}"
-                 for k, v in given.items() if k not in ("resume", "stop_after")]
+                 for k, v in given.items() if k not in ("resume", "stop_at")]
         program = ["torchrun", f"--nproc_per_node={RANKS}"] if RANKS > 1 else ["python"]
         command = shlex.join([*program, "train.py", *flags, "--resume"])
         print(f"{str(e) or 'stopped'}; continue with: {command}")

@@ -31,7 +31,7 @@ from model import Llama
 from teamlora import METHODS, InputError, changed_weights, flag
 
 # what shapes no run: beside settings of the call, paths, in whose place hashes of their contents stand
-SHAPELESS = {*train.OF_CALL, *train.FREE_ON_RESUME, "init_from", "data", "val_data"}
+SHAPELESS = {*train.OF_CALL, *train.FREE_ON_RESUME} - {"steps"}
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def variants(cfg, model_config=None):
 def run_config(cfg, settings, learning_rate, seed):
     """The configuration of one run; InputError if something that it derives cannot work."""
     values = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
-    values |= {"learning_rate": learning_rate, "seed": seed, "stop_after": 0}
+    values |= {"learning_rate": learning_rate, "seed": seed, "stop_at": 0}
     return train.Config(**values | settings)
 
 

@@ -80,7 +80,7 @@ def read(paths):
 def encode(tokenizer, cfg, rows, model):
     """Examples by data.py's rules, with the number of a picture, which model learns, in place of <image>."""
     examples, numbered = [], [row._replace(task=i) for i, (row, _) in enumerate(rows)]
-    for i, ids, n_prompt in data.encode_rows(tokenizer, numbered, cfg.max_length - model.patches + 1, "rows"):
+    for i, ids, n_prompt in data.to_examples(tokenizer, numbered, cfg.max_length - model.patches + 1, "rows"):
         if (n := ids.count(model.image)) != 1:
             raise InputError(f"{rows[i][1]}: <image> is {n} times in --template and row within --max_length")
         at = ids.index(model.image)

@@ -412,7 +412,7 @@ def make(cfg, recipe):
                        "seconds": seconds, "optimizer": optimizer.state_dict(), "totals": totals}
             train.write_atomically(checkpoint, lambda f: torch.save(content, f))
 
-        batches = train.step_batches(cfg, model, lambda i: data.encode(tokenizer, streams[term](i)))
+        batches = train.step_batches(cfg, model, lambda i: data.to_example(tokenizer, streams[term](i)))
         optimizer = MuonAndAdamW(model, cfg.learning_rate)
         if saved:
             optimizer.load_state_dict(saved["optimizer"])

@@ -34,7 +34,7 @@ from tests.conftest import Code, files_in, flags_of, load, use
 FLAGS = {f: f.split("=")[0].strip("-") for f in f"""--no_such_flag=1 --step=5 --steps=many --steps=0 word
     --rank=0 --n_experts=0 --method=dora --targets= --mode=fly --resume=maybe --alpha=inf --learning_rate=-1
     --learning_rate=nan --dropout=1 --dropout=-0.1 --seed=-1 --seed={10 ** 30} --temperature=nan --out_dir=
-    --max_tokens=8 --warmup=1 --val_share=1 --balance=-1 --top_k=-1 --stop_after=-1 --dtype=float16
+    --max_tokens=8 --warmup=1 --val_share=1 --balance=-1 --top_k=-1 --stop_at=-1 --dtype=float16
     --device=tpu --base_steps=3 --export=x""".split()}
 FLAGS |= {
     "--rank=0": "--rank must be at least 1 and below 2147483648, not 0",

@@ -128,7 +128,7 @@ def test_a_run_on_a_gpu_is_the_run_on_the_cpu(finished, base, tmp_path):
     """Catches a checkpoint or an adapter that only its own device can read, an answer made on another one."""
     flags = flags_of(base, tmp_path, "--device=cuda", "--dtype=float32")
     with pretended_gpu():
-        assert train.main([*flags, "--stop_after=4"]) is None
+        assert train.main([*flags, "--stop_at=4"]) is None
         summary = train.main([*flags, "--resume"])
         again = use("eval", base, tmp_path, "--device=cuda", "--dtype=float32")
         # in bf16

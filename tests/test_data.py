@@ -65,7 +65,7 @@ def test_cheap_tricks_do_not_solve_minicme():
 
 def test_prompt_answer_border(tokenizer):
     """Catches an eos as text, a second bos, a supervised prompt, prompt and answer tokenised as one."""
-    e = data.encode(tokenizer, data.Row("t", "Answer the question.", "Where does Anna live?", "Tarn"))
+    e = data.to_example(tokenizer, data.Row("t", "Answer the question.", "Where does Anna live?", "Tarn"))
     head = [1] + tokenizer.encode("Answer the question.\nWhere does Anna live?") + [2]
     assert e.ids == head + tokenizer.encode("Tarn") + [2] and e.n_prompt == len(head)
     x, y, m = data.collate([e])
@@ -81,16 +81,16 @@ def test_templates(tokenizer):
     ids, row = tokenizer.encode, data.Row("t", "Who is it?", "Anna or Ben", "Anna")
     tokenizer.use("llama2")
     head = [1] + ids("[INST] Who is it?\nAnna or Ben [/INST]")
-    assert data.encode(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
-    without = data.encode(tokenizer, row._replace(input=""))
+    assert data.to_example(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
+    without = data.to_example(tokenizer, row._replace(input=""))
     assert without.ids[:-2] == [1] + ids("[INST] Who is it? [/INST]") + ids("Anna")[:-1]
     tokenizer.use("{input}{eos}{instruction}\\n{{A}}")
     head = [1] + ids("Anna or Ben") + [2] + ids("Who is it?\n{A}")
-    assert data.encode(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
+    assert data.to_example(tokenizer, row) == data.Example("t", head + ids("Anna") + [2], len(head))
     plain = data.Row("t", "", "", "Anna was here")
     tokenizer.use("{instruction}{output}the")    # one id, though not the end of sequence
-    assert data.encode(tokenizer, row).ids[-1:] == [tokenizer.end] == ids("the")
-    assert data.encode(tokenizer, plain).ids == [1] + ids("Anna was here") + [2]
+    assert data.to_example(tokenizer, row).ids[-1:] == [tokenizer.end] == ids("the")
+    assert data.to_example(tokenizer, plain).ids == [1] + ids("Anna was here") + [2]
     for wrong in ("chatml", "{instruction}{output}the end of the answer"):
         with pytest.raises(InputError, match="must be a single control word"):
             tokenizer.use(wrong)
@@ -127,7 +127,7 @@ def test_tokenizer_json_has_one_bos_and_its_control_words_are_ids(tmp_path, bos)
     for template in ("chatml", "<s>" * bos + data.TEMPLATES["chatml"]):
         tokenizer.use(template)
         assert tokenizer.prefix == [0] * bos and tokenizer.end == 3 and tokenizer.size == 8
-        ids = data.encode(tokenizer, data.Row("t", "hi", "", "hi")).ids
+        ids = data.to_example(tokenizer, data.Row("t", "hi", "", "hi")).ids
         assert ids[:len(tokenizer.prefix) + 1] == [0] * bos + [2] and ids[-2:] == [6, 3]
         assert ids.count(3) == 2 and 1 not in ids
 
@@ -171,14 +171,14 @@ def test_words_that_a_chat_added_to_a_sentencepiece_model(tmp_path, tokenizer, s
     row = data.Row("t", "Is it <|im_end|>?", "", "no")
     assert (ours.prefix, ours.eos, ours.size) == (prefix, eos, n + 2)
     ours.use("chatml")
-    e = data.encode(ours, row)
+    e = data.to_example(ours, row)
     assert e.ids == (prefix + [n] + ids("user\nIs it <|im_end|>?") + [n + 1] + ids("\n") + [n]
                      + ids("assistant\n") + ids("no") + [n + 1])
     assert ours.decode(e.ids[e.n_prompt:]) == "no<|im_end|>"
     examples = []
     for template in ("{instruction}{output}{eos}", "<s>{instruction}{output}" + ours.names[eos]):
         ours.use(template)
-        examples.append(data.encode(ours, row))
+        examples.append(data.to_example(ours, row))
     assert examples[0].ids[len(prefix):] == examples[1].ids[1:] and examples[1].ids[0] == 1
 
 
@@ -193,11 +193,11 @@ def test_ids_that_only_one_of_tokenizer_and_base_knows(tmp_path, tokenizer, kind
     assert tokenizer.decode([]) == ""
     tokenizer = data.Tokenizer(tokenizer.path) if kind == "tokenizer.model" else tokenizer
     row = data.Row("t", "hi", "", "user")
-    tokenizer.limit = 1 + max(data.encode(tokenizer, row).ids)
-    data.encode(tokenizer, row)
+    tokenizer.limit = 1 + max(data.to_example(tokenizer, row).ids)
+    data.to_example(tokenizer, row)
     tokenizer.limit -= 1
     with pytest.raises(InputError, match="is id {0}, but the base has {0} emb".format(tokenizer.limit)):
-        data.encode(tokenizer, row)
+        data.to_example(tokenizer, row)
 
 
 def test_which_tokenizer_is_used(tmp_path, tokenizer, capsys):
@@ -289,7 +289,7 @@ def test_long_rows_lose_prompt_never_answer(tokenizer, capsys):
     words = " ".join(["Anna has the ball."] * 40)
     rows = [data.Row("t", "Start here. " + words + " End there.", "", "the ball"),
             data.Row("t", "Say", "", words)]
-    examples = data.encode_rows(tokenizer, rows, 60, "train")
+    examples = data.to_examples(tokenizer, rows, 60, "train")
     assert len(examples) == 1 and len(examples[0].ids) == 60
     assert examples[0].ids[examples[0].n_prompt:] == tokenizer.encode("the ball") + [2]
     text = tokenizer.decode(examples[0].ids)
@@ -297,14 +297,14 @@ def test_long_rows_lose_prompt_never_answer(tokenizer, capsys):
     assert examples[0].ids[examples[0].n_prompt - 1] == 2
     assert "1 prompts shortened and 1 rows dropped of 2" in capsys.readouterr().out
     with pytest.raises(InputError, match="no supervised token"):
-        data.encode_rows(tokenizer, rows[1:], 60, "train")
+        data.to_examples(tokenizer, rows[1:], 60, "train")
 
 
 def test_rows_that_end_themselves_are_told(tokenizer, capsys):
     """Catches answers that were stored with their end of sequence, which would be learnt as text."""
     texts = ("who?", "", "Anna</s>"), ("<s>who?", "", "Anna"), ("s", "", "s")
     rows = [data.Row("t", *parts) for parts in texts]
-    data.encode_rows(tokenizer, rows, 60, "training")
+    data.to_examples(tokenizer, rows, 60, "training")
     told = "warning: 2 training rows hold </s> or <s>; remove it, for it is added here\n"
     assert capsys.readouterr().out == told
 

@@ -103,7 +103,8 @@ def test_every_flag_of_an_experiment_has_help(run, capsys):
     text, about = capsys.readouterr().out, sys.modules[run.__module__].__doc__
     assert stop.value.code == 0 and about.splitlines()[0] in text and "--mode STR" not in text
     for f in train.fields(CONFIGS[run]):
-        assert f.name in ("mode", "resume", "stop_after") or f"--{f.name}" in text and len(f.metadata["help"]) > 5, f.name
+        skipped = f.name in ("mode", "resume", "stop_at")
+        assert skipped or f"--{f.name}" in text and len(f.metadata["help"]) > 5, f.name
 
 
 def test_an_experiment_from_a_shell():
@@ -511,7 +512,7 @@ def test_compare_judges_by_other_questions_than_it_chooses_by(base, tmp_path, mo
 
 
 def test_compare_on_other_rows_is_run_again(base, tmp_path):
-    """Catches results that were made with what a data file held before, and a torn file of results."""
+    """Catches results of another file or of fewer steps that are taken for these, and a torn file of results."""
     rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
     flags = [*flags_of(base, tmp_path), "--methods=lora", "--seeds=0", "--learning_rates=1e-3", "--steps=1",
              f"--data={tmp_path}/rows.json"]
@@ -519,6 +520,8 @@ def test_compare_on_other_rows_is_run_again(base, tmp_path):
         (tmp_path / "rows.json").write_text(json.dumps(rows[:n]))
         start(compare.compare, flags)
         assert (tmp_path / "compare.jsonl").read_text().count("\n") == lines
+    start(compare.compare, [*flags, "--steps=2"])
+    assert (tmp_path / "compare.jsonl").read_text().count("\n") == 3
     (tmp_path / "compare.jsonl").write_text("[1]\n")
     with pytest.raises(SystemExit, match="compare.jsonl, line 1: not a run of a comparison"):
         start(compare.compare, flags)

@@ -139,7 +139,7 @@ def test_without_a_prompt_every_line_is_answered_as_it_comes(finished, base, cap
     """Catches a chat that drops a line, repeats what it printed, or answers otherwise than --prompt does."""
     questions = ["Where does Anna live?", "Is it a hammer? 🙂"]
     model, tokenizer, _ = prepared(base, finished[0])
-    asked = [data.encode(tokenizer, data.Row("", q, "", "")).ids[:-1] for q in questions]
+    asked = [data.to_example(tokenizer, data.Row("", q, "", "")).ids[:-1] for q in questions]
     expected = [train.answers(model, tokenizer, [ids], train.Config(), 9)[0] for ids in asked]
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(questions) + "\n"))
     capsys.readouterr()
@@ -217,7 +217,7 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, base, tmp
     whole, halves = tmp_path / "whole" if more else finished[0], tmp_path / "halves"
     if more:
         train.main(flags_of(base, whole, *more))
-    assert train.main(flags_of(base, halves, *more, "--stop_after=10")) is None
+    assert train.main(flags_of(base, halves, *more, "--stop_at=10")) is None
     train.main(flags_of(base, halves, *more, "--resume"))
     assert load(halves / "checkpoint.pt")["totals"]["step"] == 20 == len(read_log(halves))
     assert_same_run(whole, halves)
@@ -225,16 +225,16 @@ def test_resumed_run_equals_an_uninterrupted_one_bit_for_bit(finished, base, tmp
 
 def test_resume_starts_where_nothing_is_there_and_needs_no_flag_twice(finished, base, tmp_path, capsys):
     """Catches a first call with --resume that fails, and settings that a resumed run forgets."""
-    assert train.main(flags_of(base, tmp_path, "--resume", "--stop_after=5")) is None
+    assert train.main(flags_of(base, tmp_path, "--resume", "--stop_at=5")) is None
     assert "nothing to resume" in capsys.readouterr().out
-    assert train.main([f"--out_dir={tmp_path}", "--device=cpu", "--resume", "--stop_after=7"]) is None
+    assert train.main([f"--out_dir={tmp_path}", "--device=cpu", "--resume", "--stop_at=7"]) is None
     train.main([f"--out_dir={tmp_path}", "--device=cpu", "--resume"])
     assert_same_run(finished[0], tmp_path)
 
 
 def test_unfinished_run_is_not_overwritten(base, tmp_path):
     """Catches a forgotten --resume that throws a night's work away."""
-    assert train.main(flags_of(base, tmp_path, "--stop_after=2")) is None
+    assert train.main(flags_of(base, tmp_path, "--stop_at=2")) is None
     before = files_in(tmp_path)
     with pytest.raises(SystemExit, match="at step 2 of 20 of a run that has not ended: "
                                          "continue it with --resume"):
@@ -245,7 +245,7 @@ def test_unfinished_run_is_not_overwritten(base, tmp_path):
 def test_a_finished_run_may_be_replaced_whole(base, tmp_path):
     """Catches lines and checkpoints of the old run beside those of the new one."""
     train.main(flags_of(base, tmp_path, "--steps=8", "--val_examples=1"))
-    assert train.main(flags_of(base, tmp_path, "--steps=9", "--val_examples=1", "--stop_after=2")) is None
+    assert train.main(flags_of(base, tmp_path, "--steps=9", "--val_examples=1", "--stop_at=2")) is None
     assert [r["step"] for r in read_log(tmp_path)] == [1, 2]
     assert load(tmp_path / "checkpoint.pt")["totals"]["step"] == 2
     assert not (tmp_path / "previous_checkpoint.pt").exists()
@@ -265,13 +265,13 @@ def test_resuming_on_other_rows_is_refused_but_files_may_move(base, tmp_path):
     the old ones, and flags that are checked without the saved ones."""
     rows, out = write_rows(tmp_path / "rows.json"), tmp_path / "out"
     flags = flags_of(base, out, f"--data={rows}", "--steps=4", "--max_length=200")
-    assert train.main(flags + ["--stop_after=2"]) is None
+    assert train.main(flags + ["--stop_at=2"]) is None
     write_rows(rows, 58)
     with pytest.raises(SystemExit, match="rows are not those"):
         train.main(flags + ["--resume"])
     write_rows(rows)
     resume = [f"--out_dir={out}", "--device=cpu", "--resume"]
-    assert train.main([*resume, "--max_tokens=208", "--stop_after=3"]) is None
+    assert train.main([*resume, "--max_tokens=208", "--stop_at=3"]) is None
     rows.unlink()
     moved = [f"--data={write_rows(tmp_path / 'moved' / 'rows.json')}",
              f"--init_from={shutil.copytree(base, tmp_path / 'base')}"]
@@ -293,7 +293,7 @@ def test_a_new_run_starts_from_an_adapter(finished, base, tmp_path):
     """Catches an adapter that is not loaded, lends more than itself, or is taken for another later."""
     old = [f"--init_from={base},{finished[0]}/adapter.pt", "--device=cpu", f"--out_dir={tmp_path}"]
     quick = [flag for flag in QUICK if not flag.startswith(("--rank", "--steps"))]
-    for more in (["--stop_after=2"], ["--resume"]):      # the second says as the first how it began
+    for more in (["--stop_at=2"], ["--resume"]):      # the second says as the first how it began
         summary = train.main([*quick, *old, "--steps=4", *more])
     assert summary["base_val_loss"] == finished[1]["val_loss"] > summary["val_loss"]
     log = read_log(tmp_path)
@@ -306,7 +306,7 @@ def test_training_on_all_rows_evaluates_nothing(base, tmp_path, capsys):
     """Catches a share of 0 that is refused, loses rows, or crashes where there is nothing to evaluate."""
     flags = flags_of(base, tmp_path / "out", f"--data={write_rows(tmp_path / 'rows.json')}", "--val_share=0",
                      "--method=lora", "--steps=4")
-    assert train.main([*flags, "--stop_after=2"]) is None
+    assert train.main([*flags, "--stop_at=2"]) is None
     summary = train.main([*flags, "--resume"])
     assert summary["mean_accuracy"] is summary["val_loss"] is summary["base_mean_accuracy"] is None
     assert summary["accuracy"] == {} and "mean accuracy" not in capsys.readouterr().out
@@ -355,7 +355,7 @@ def test_many_steps_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch
     saved = train.read_checkpoint(tmp_path / "checkpoint.pt")
     assert saved["totals"]["step"] == 25 and saved["totals"]["skipped"] == 20
     assert [r["loss"] is None for r in read_log(tmp_path)] == [False] * 5 + [True] * 20
-    assert train.main(flags_of(base, tmp_path / "five", "--steps=40", "--stop_after=5")) is None
+    assert train.main(flags_of(base, tmp_path / "five", "--steps=40", "--stop_at=5")) is None
     assert same(saved["parameters"], load(tmp_path / "five" / "checkpoint.pt")["parameters"])
 
 
@@ -448,7 +448,7 @@ def test_a_signal_to_torchrun_saves_at_the_next_step(base, tmp_path):
     assert "continue with: torchrun --nproc_per_node=2 train.py --" in told
     step = train.read_checkpoint(tmp_path / "checkpoint.pt")["totals"]["step"]
     assert f"stopped after {step} of 100000 steps" in told and step > 0
-    more = subprocess.run([*TORCHRUN, *flags, "--resume", f"--stop_after={step + 1}"], capture_output=True,
+    more = subprocess.run([*TORCHRUN, *flags, "--resume", f"--stop_at={step + 1}"], capture_output=True,
                           text=True, env=ONE_THREAD)
     assert f"stopped after {step + 1} of 100000 steps" in more.stdout, more.stderr
 
@@ -498,7 +498,7 @@ def flipped(raw):
                          ids=lambda d: getattr(d, "__name__", "gone"))
 def test_damaged_checkpoint_falls_back_on_the_one_before(finished, base, tmp_path, capsys, damage):
     """Catches damage that is loaded or ends the run; None is a kill between the two renames of a save."""
-    assert train.main(flags_of(base, tmp_path, "--stop_after=10")) is None
+    assert train.main(flags_of(base, tmp_path, "--stop_at=10")) is None
     newest, before = tmp_path / "checkpoint.pt", tmp_path / "previous_checkpoint.pt"
     assert [load(p)["totals"]["step"] for p in (newest, before)] == [10, 8]
     newest.write_bytes(damage(newest.read_bytes())) if damage else newest.unlink()
@@ -566,7 +566,7 @@ def test_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(
     # where there is no next time, the run must not end as if it had saved
     (tmp_path / "stop" / "checkpoint.pt.tmp").mkdir(parents=True)
     with pytest.raises(SystemExit, match="error: .*checkpoint.pt.tmp"):
-        train.main(flags_of(base, tmp_path / "stop", "--stop_after=3"))
+        train.main(flags_of(base, tmp_path / "stop", "--stop_at=3"))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a limit on the size of a file")
