@@ -8,6 +8,7 @@ what stands on the command line and what the error must say. Each docstring says
 """
 
 import gzip
+import importlib.util
 import io
 import json
 import math
@@ -209,10 +210,8 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "tiktoken": ("Llama 3's in tiktoken's format", {PIECES: b"IQ== 0\n"}),
     "vocab": ("AutoTokenizer.from_pretrained", {PIECES: None, "vocab.json": "{}", "merges.txt": ""}),
     "lfs_pieces": ("tokenizer.model: a Git LFS pointer", {PIECES: LFS}),
-    "lfs_json": ("tokenizer.json: a Git LFS pointer", {PIECES: None, "tokenizer.json": LFS}),
     "lfs_config": ("tokenizer_config.json: a Git LFS pointer", {"tokenizer_config.json": LFS}),
     "config_list": ("tokenizer_config.json: expected a JSON object", {"tokenizer_config.json": "[]"}),
-    "newer": ("is the package older than it?", {PIECES: None, "tokenizer.json": '{"version": "2.0"}'}),
     "added": ("added tokens that cannot be read", {"added_tokens.json": '{"<x>": "y"}'}),
     "added_list": ("added tokens that cannot be read", {"tokenizer.json": '{"added_tokens": [1]}'}),
     "spare": ("'<pad>', in --template or a row, is id 1280", {
@@ -221,6 +220,10 @@ FOLDERS = {f"config{i}": (key, {"config.json": {key: value}}) for i, (key, value
     "json": ("tokenizer.json", {PIECES: None, "tokenizer.json": "{}"}),
     "large": ("but the base has 9 embeddings", {
         "config.json": {"vocab_size": 9}, PICKLE: {"model.embed_tokens.weight": torch.ones(9, 64)}})}
+if importlib.util.find_spec("tokenizers"):       # without it, that is what is said
+    FOLDERS |= {
+        "lfs_words": ("tokenizer.json: a Git LFS pointer", {PIECES: None, "tokenizer.json": LFS}),
+        "newer": ("is the package older than it?", {PIECES: None, "tokenizer.json": '{"version": "2.0"}'})}
 ADAPTERS = {  # adapter.pt: what is said, what differs in it or what it is
     "code": ("it holds code, exec", {"more": Code()}), "empty": ("damaged", b""),
     "cut": ("damaged", pickled([1])[:-9]), "list": ("not written by this train.py", pickled([1])),
