@@ -359,7 +359,7 @@ class BaseConfig(train.Config):
     layers: int = flag(4, "layers", least=1)
     width: int = flag(128, "width, in heads of 32", least=32)
     threads: int = flag(1, "CPU threads; another number makes a slightly other base", least=1)
-    probe_steps: int = flag(train.Config.steps, "steps of the adapters that probe the base; 0: no probe")
+    probe_steps: int = flag(1500, "steps of the adapters that probe the base; 0: no probe")
 
     def check(self):
         super().check()
