@@ -338,10 +338,12 @@ def look(*flags):
 def test_llava_learns_the_colours_of_pictures_never_seen(few_pictures, tmp_path):
     """Catches a picture that the model does not see, or another's; a file that holds not what was trained."""
     from transformers import LlavaForConditionalGeneration
-    results = look(f"--out_dir={tmp_path}", "--steps=50", "--batch_size=32")
+    # the tower has a q_proj as well, which is not adapted
+    results = look(f"--out_dir={tmp_path}", "--steps=50", "--batch_size=32",
+                   "--targets=q_proj,up_proj,down_proj")
     assert results["colour"]["accuracy"] > 0.75, "four colours"
     saved = load(tmp_path / "adapter.pt")
-    assert all(".language_model." in name and ".mlp." in name for name in saved["parameters"])
+    assert all(".language_model." in name for name in saved["parameters"])
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "llava")
     adapt(theirs.model.language_model, saved["config"]["targets"], AdapterConfig())
     load_parameters(adapter_parameters(theirs), saved["parameters"])
