@@ -1,6 +1,6 @@
 """How the built-in base was made: a Llama of 0.94 M parameters that reads, copies and looks things up.
 
-    python -m experiments.make_base                  a Llama folder in out/base; 20 minutes on one CPU core,
+    python -m experiments.make_base                  a Llama folder in out/base; 25 minutes on one CPU core,
                                                      then 5 for the probe; continues if it was killed
     python -m experiments.make_base --seeds=1,2,3    several in turn, in out/base/1 and so on
 
