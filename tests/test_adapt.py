@@ -404,6 +404,14 @@ def test_rows_about_one_picture_are_never_parted(few_pictures, tmp_path, monkeyp
     assert len(parts[0]) + len(parts[1]) == 300 and not parts[0] & parts[1] and len(parts[1]) > 10
 
 
+def test_llava_leaves_out_blank_answers(tmp_path):
+    """Catches a picture that is trained to be answered with nothing."""
+    (tmp_path / "a.png").write_bytes(b"")
+    rows = [{"image": "a.png", "instruction": "What?", "output": answer} for answer in ("red", " ")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert [row.output for row, _ in llava.read(f"{tmp_path}/rows.json")] == ["red"]
+
+
 @pytest.mark.parametrize("spoil, message", [
     (lambda rows, config: rows[3].pop("image"), "rows.json, row 4: 'image' is missing or no file"),
     (lambda rows, config: rows[3].update(image="x.png"), "row 4: 'image' is missing or no file, .*x.png"),

@@ -261,6 +261,14 @@ def write_rows(path, n=60):
     return path
 
 
+def test_resuming_with_other_built_in_tasks_is_refused(base, tmp_path, monkeypatch):
+    """Catches a run that goes on with another stream of questions after TASKS was edited."""
+    assert train.main(flags_of(base, tmp_path, "--stop_at=2")) is None
+    monkeypatch.delitem(data.TASKS, "sentiment")
+    with pytest.raises(SystemExit, match="rows are not those"):
+        train.main(flags_of(base, tmp_path, "--resume"))
+
+
 def test_resuming_on_other_rows_is_refused_but_files_may_move(base, tmp_path):
     """Catches a data file that changed between parts of a run, a resumed run that wants its paths again, or
     the old ones, and flags that are checked without the saved ones."""
