@@ -264,7 +264,7 @@ def write_rows(path, n=60):
 def test_resuming_with_other_built_in_tasks_is_refused(base, tmp_path, monkeypatch):
     """Catches a run that goes on with another stream of questions after TASKS was edited."""
     assert train.main(flags_of(base, tmp_path, "--stop_at=2")) is None
-    monkeypatch.delitem(data.TASKS, "sentiment")
+    monkeypatch.setattr(data, "TASKS", dict([*data.TASKS.items()][1:]))  # an own one: their order counts
     with pytest.raises(SystemExit, match="rows are not those"):
         train.main(flags_of(base, tmp_path, "--resume"))
 
