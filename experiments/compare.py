@@ -5,24 +5,26 @@
 
 The idea: every method gets the rank that brings it closest to TeamLoRA's size, and the learning rate that is
 best on validation questions with the first seed. Then all seeds run, and test questions judge them, seed by
-seed beside --reference. A run is a line of out_dir/compare.jsonl.
+seed beside --reference. A run is a line of out_dir/compare.jsonl; its adapter is out_dir/VARIANT_SEED/adapter.pt.
 
 What may surprise:
 - A run that is there already, with the same settings, base and rows, is not made again.
 - Where the best learning rate is the smallest or largest tried, the next beyond it is tried too.
 - With --data, validation questions are a share of the training rows; what train.py validates on is the test.
+- Choosing among options and routing to the top experts are measured on the first PROBES test rows of a task.
 """
 
 import importlib.util
 import itertools
 import json
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import fmean as mean
 
 import torch
+from tqdm import tqdm
 
 import data
 import train
@@ -32,6 +34,8 @@ from teamlora import METHODS, InputError, changed_weights, flag
 
 # what shapes no run: beside settings of the call, paths, in whose place hashes of their contents stand
 SHAPELESS = {*train.OF_CALL, *train.FREE_ON_RESUME} - {"steps"}
+PROBES, MOST_ANSWERS = 50, 10    # test rows per task; a task of more answers has no fixed set to choose from
+ROUTER = ("router", "interaction")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class CompareConfig(train.Config):
     seeds: tuple = flag((0, 1, 2, 3, 4), "seeds; the learning rate is chosen with the first")
     learning_rates: tuple = flag((1e-3, 3e-3, 1e-2), "to choose from on validation questions; where the "
                                  "best is at the edge, the next beyond it is tried too")
+    search_steps: int = flag(0, "steps of the runs that choose the learning rate, with their own cosine; 0: "
+                                "they are runs like the others")
     reference: str = flag("lora", "the one of the methods to which differences are taken")
     plot: bool = flag(False, "draw compare.png and experts.png into out_dir, with matplotlib")
 
@@ -96,6 +102,7 @@ def variants(cfg, model_config=None):
                "moelora_balanced": {"method": "moelora", "balance": 0.1 * E * E}}  # weights E times smaller
     result |= {f"teamlora_E{e}": ranked("teamlora", E * r // e, e)
                for e in (1, 2, 4, 8) if e != E and E * r % e == 0}
+    result |= {"teamlora_router_x10": {"method": "teamlora"}}    # see make_optimizer
     result |= {"teamlora_half_rank": ranked("teamlora", r // 2, E)} if r > 1 else {}
     return result | {"teamlora_rank_x8": ranked("teamlora", 8 * r, E),
                      "lora_rank_x8": ranked("lora", 8 * lora["rank"], 1), "lora_rank_1": ranked("lora", 1, 1)}
@@ -106,6 +113,17 @@ def run_config(cfg, settings, learning_rate, seed):
     values = {f.name: getattr(cfg, f.name) for f in fields(train.Config)}
     values |= {"learning_rate": learning_rate, "seed": seed, "stop_at": 0}
     return train.Config(**values | settings)
+
+
+def make_optimizer(model, cfg, name):
+    """train.make_optimizer; *_router_x10 trains router and M at ten times the rate of A and B."""
+    optimizer = train.make_optimizer(model, cfg)
+    if name.endswith("_router_x10"):
+        routers = [p for key, p in train.trained(model).items() if key.endswith(ROUTER)]
+        group, chosen = optimizer.param_groups[0], set(map(id, routers))
+        group["params"] = [p for p in group["params"] if id(p) not in chosen]
+        optimizer.add_param_group({"params": routers, "lr": 10 * cfg.learning_rate})
+    return optimizer
 
 
 def n_trained(model):
@@ -138,12 +156,14 @@ class ExpertUse:
     """Takes the experts' weights from evaluate(each=...), for statistics by task."""
 
     def __init__(self):
-        self.weights, self.bits = defaultdict(list), defaultdict(list)
+        self.weights, self.bits, self.spread = defaultdict(list), defaultdict(list), defaultdict(list)
 
     def __call__(self, task, routing, mask):
         share = mask / mask.sum(1, keepdim=True)                                     # (B, T)
         self.weights[task].append(torch.einsum("lbte,bt->ble", routing, share).cpu())
         self.bits[task].append((entropy(distribution(routing)).mean(0) * share).sum(1).cpu())
+        variation = routing.std(-1, correction=0) / routing.mean(-1)                 # (L, B, T)
+        self.spread[task].append(torch.einsum("lbt,bt->bl", variation, share).cpu())
 
     def statistics(self):
         """What claims about load and specialisation need: see the keys. Tasks and layers weigh the same."""
@@ -151,43 +171,116 @@ class ExpertUse:
         groups = torch.cat([torch.full((len(w),), i) for i, w in enumerate(tasks)])
         shuffled = groups[torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))]
         usage, means = torch.cat(tasks), torch.stack([w.mean(0) for w in tasks])     # means: (tasks, L, E)
+        spread = torch.stack([torch.cat(s).mean(0) for s in self.spread.values()])   # (tasks, L)
         return {"usage_variation": (means.std(-1, correction=0) / means.mean(-1)).mean().item(),
+                "token_variation": spread.mean().item(),
+                "token_variation_by_task": dict(zip(self.spread, spread.mean(1).tolist())),
+                "token_variation_by_layer": spread.mean(0).tolist(),
                 "weight_entropy": mean(torch.cat(bits).mean().item() for bits in self.bits.values()),
                 "task_information": mutual_information(usage, groups).item(),
                 "task_information_shuffled": mutual_information(usage, shuffled).item()}
 
 
-STATISTICS = ("usage_variation", "weight_entropy", "task_information", "task_information_shuffled",
-              "top_1_accuracy", "top_2_accuracy")
+STATISTICS = ("usage_variation", "token_variation", "weight_entropy", "task_information",
+              "task_information_shuffled", "top_1_accuracy", "top_2_accuracy", "top_all_accuracy")
 
 
 # ---- The runs
 
-def train_variant(cfg, name, rows):
-    """One run of a comparison: trains, evaluates on validation and on test questions, returns its row."""
-    model, tokenizer, _ = train.prepare(cfg)
+def held_out(cfg, rows):
+    """task -> test rows: those that train.encode_held_out takes."""
+    if rows is None:
+        return data.minicme_held_out("test", cfg.val_examples or 400)
+    split = defaultdict(list)
+    for row in sorted(rows[2], key=data.place):
+        split[row.task].append(row)
+    return {task: rows[:cfg.val_examples or None] for task, rows in split.items()}
+
+
+def with_options(rows):
+    """[(row, its options)] of a task's rows that leave something to choose: what the input ends in, "Options:
+    this; that", or else the task's answers, if they are few."""
+    answers, asked = sorted({row.output for row in rows}), []
+    for row in rows:
+        listed = row.input.rpartition("Options: ")[2].split("; ") if "Options: " in row.input else answers
+        if row.output in listed and len(listed) <= MOST_ANSWERS:
+            asked.append((row, listed))
+    return asked
+
+
+def majority(rows):
+    """Share of a task's rows that the commonest answer, or else the commonest place in the options, answers."""
+    answers = Counter(row.output for row in rows)
+    places = Counter(given.index(row.output) for row, given in with_options(rows))
+    return max(max(count.values(), default=0) for count in (answers, places)) / len(rows)
+
+
+@torch.no_grad()
+def choice_accuracy(model, tokenizer, split, cfg):
+    """task -> share of its first PROBES rows of which the right answer is the likeliest option: its
+    probability is the product over its tokens and the end of sequence, of whatever length."""
+    model.eval()
+    device, result = next(model.parameters()).device, {}
+    for task, rows in split.items():
+        asked = with_options(rows)[:PROBES]
+        examples = [data.to_example(tokenizer, row._replace(output=o)) for row, given in asked for o in given]
+        losses = {}
+        for batch in train.micro_batches(model, examples, cfg.max_tokens):
+            x, y, _ = train.to_device(data.collate(batch), device)
+            row = (y >= 0).nonzero()[:, 0].to(device)                                # (N,)
+            loss = torch.zeros(len(batch), device=device).index_add_(0, row, model(x, y)[0])
+            losses |= zip(map(id, batch), loss.tolist())
+        left = iter(examples)
+        chosen = [min(given, key=lambda option: losses[id(next(left))]) == row.output for row, given in asked]
+        if asked:
+            result[task] = mean(chosen)
+    return result
+
+
+def train_variant(cfg, name, rows, searching, log):
+    """One run of a comparison -> its row: trains, and evaluates on validation and, unless it is only
+    searching for a learning rate, on test questions."""
+    model, tokenizer, base = train.prepare(cfg)
     stream, validation, _ = train.encode_data(cfg, tokenizer, rows and rows[:2], "validation")
-    test, use = train.encode_held_out(cfg, tokenizer, rows and rows[2], "test"), ExpertUse()
     torch.manual_seed(cfg.seed)
     totals = {"seconds": 0.0} if cfg.method == "none" else train.fit(
-        model, train.step_batches(cfg, model, stream), train.make_optimizer(model, cfg), cfg, cfg.steps,
-        name=name)
-    routed = cfg.method in METHODS and cfg.method != "lora" and cfg.n_experts > 1
-    results = train.evaluate(model, test, cfg.max_tokens, "test", each=use if routed else None)
+        model, train.step_batches(cfg, model, stream), make_optimizer(model, cfg, name), cfg, cfg.steps,
+        name=name, log=log)
     chosen_by = train.evaluate(model, validation, cfg.max_tokens, "validation")
     row = {"method": cfg.method, "variant": name, "seed": cfg.seed,
            "learning_rate": 0.0 if cfg.method == "none" else cfg.learning_rate, "steps": cfg.steps,
            "n_experts": cfg.n_experts, "trainable_parameters": n_trained(model),
-           "seconds": round(totals["seconds"], 1), "accuracy": {t: r["accuracy"] for t, r in results.items()},
-           "mean_accuracy": train.mean_accuracy(results), "val_loss": train.val_loss(chosen_by),
-           "val_accuracy": train.mean_accuracy(chosen_by), "test_loss": train.val_loss(results),
+           "seconds": round(totals["seconds"], 1), "val_loss": train.val_loss(chosen_by),
+           "val_accuracy": train.mean_accuracy(chosen_by)}
+    if searching:
+        return row
+    if cfg.method in METHODS:
+        folder = Path(cfg.out_dir) / f"{name}_{cfg.seed}"
+        folder.mkdir(exist_ok=True)
+        train.write_atomically(folder / "adapter.pt",
+                               lambda f: torch.save(train.adapter_content(cfg, base, model), f))
+    return row | judge(cfg, model, tokenizer, rows)
+
+
+def judge(cfg, model, tokenizer, rows):
+    """What test questions say of a trained model: the other entries of its row."""
+    split, use = held_out(cfg, rows), ExpertUse()
+    test = train.encode_held_out(cfg, tokenizer, rows and rows[2], "test")
+    routed = cfg.method in METHODS and cfg.method != "lora" and cfg.n_experts > 1
+    results = train.evaluate(model, test, cfg.max_tokens, "test", each=use if routed else None)
+    row = {"accuracy": {t: r["accuracy"] for t, r in results.items()},
+           "mean_accuracy": train.mean_accuracy(results), "test_loss": train.val_loss(results),
+           "loss": {t: r["loss"] for t, r in results.items()}, "examples": {t: len(e) for t, e in test.items()},
+           "majority": {t: majority(rows) for t, rows in split.items()},
+           "choice_accuracy": choice_accuracy(model, tokenizer, split, cfg),
            "expert_usage": {t: r["usage"] for t, r in results.items()}}
     if routed:
         row |= use.statistics()
-        for k in (1, 2):
+        few = {task: examples[:PROBES] for task, examples in test.items()}
+        for k, word in ((1, "1"), (2, "2"), (cfg.n_experts, "all")):
             with changed_weights(model, top(k)):
-                kept = train.evaluate(model, test, cfg.max_tokens, f"top {k}")
-            row[f"top_{k}_accuracy"] = train.mean_accuracy(kept)
+                kept = train.evaluate(model, few, cfg.max_tokens, f"top {word}")
+            row[f"top_{word}_accuracy"] = train.mean_accuracy(kept)
     return row
 
 
@@ -195,13 +288,35 @@ def best_rate(rates, accuracy):
     """The learning rate of highest accuracy(rate). A best one at the edge says little about the best there
     is, so the next beyond it joins, up to three times."""
     rates = sorted(rates)
+    if len(rates) == 1:
+        return rates[0]
     for _ in range(3):
         best = max(rates, key=accuracy)
-        if len(rates) == 1 or best not in (rates[0], rates[-1]):
+        if best not in (rates[0], rates[-1]):
             break
         beyond = best ** 2 / (rates[1] if best == rates[0] else rates[-2])
         rates = sorted({*rates, float(f"{beyond:.1g}")})
     return max(rates, key=accuracy)
+
+
+class Cost:
+    """Says what a comparison takes: its steps before it starts, tokens and time when ten have been made."""
+
+    def __init__(self, cfg, names, done):
+        searches = len(cfg.learning_rates) if len(cfg.learning_rates) > 1 else 0
+        steps = (searches * cfg.search_steps + len(cfg.seeds) * cfg.steps if cfg.search_steps else
+                 max(0, searches - 1) * cfg.steps + len(cfg.seeds) * cfg.steps) * len(names)
+        had = sum(row["steps"] for row in done.values() if row["variant"] in names)
+        self.left = max(0, steps - had)
+        print(f"{steps:,} steps of {cfg.batch_size} examples, more where the best learning rate lies at the "
+              f"edge; {had:,} are there")
+
+    def __call__(self, record):
+        if self.left:
+            seconds = record["seconds"] / record["step"]
+            tqdm.write(f"{record['tokens_per_second'] * seconds:,.0f} tokens and {seconds:.2f} s a step: about "
+                       f"{self.left * seconds / 3600:.1f} h for those that are left, evaluation aside")
+        self.left = 0
 
 
 def compare(cfg, saved):
@@ -220,25 +335,31 @@ def compare(cfg, saved):
             raise InputError(f"{path}, line {number}: not a run of a comparison; move the file away")
         done[row["settings"]] = row
     seen = [base, train.digest_of(rows), *(str(len(part)) for part in rows or ())]
+    names = possible if cfg.methods == ("all",) else cfg.methods
+    cost = Cost(cfg, [name for name in names if name != "none"], done)
 
-    def run(name, learning_rate, seed):
+    def run(name, learning_rate, seed, searching=False):
         one = run_config(cfg, possible[name], learning_rate, seed)
-        shaping = {k: v for k, v in asdict(one).items() if k not in SHAPELESS}
+        one = replace(one, steps=cfg.search_steps) if searching else one
+        shaping = {k: v for k, v in asdict(one).items() if k not in SHAPELESS} | {"searching": searching}
+        shaping |= {"variant": name} if name.endswith("_router_x10") else {}     # no setting says so
         settings = data.digest([*seen, json.dumps(shaping, sort_keys=True)])
         if settings not in done:
-            done[settings] = train_variant(one, name, rows) | {"settings": settings}
+            done[settings] = train_variant(one, name, rows, searching, cost) | {"settings": settings}
             lines = "".join(json.dumps(row) + "\n" for row in done.values())
             train.write_atomically(path, lambda f: f.write(lines.encode()))
         return done[settings]
 
     table, first = {}, cfg.seeds[0]
-    for name in possible if cfg.methods == ("all",) else cfg.methods:
+    for name in names:
         if name == "none":                       # the frozen base: nothing to choose and nothing random
             table[name] = [run(name, cfg.learning_rates[0], first)]
             continue
-        rate = best_rate(cfg.learning_rates, lambda rate: run(name, rate, first)["val_accuracy"])
+        rate = best_rate(cfg.learning_rates,
+                         lambda rate: run(name, rate, first, cfg.search_steps > 0)["val_accuracy"])
         table[name] = [run(name, rate, seed) for seed in cfg.seeds]
         print_comparison(table, cfg.reference)
+    print_details(table)
     if cfg.plot:
         plot_comparison(table, Path(cfg.out_dir))
     return table
@@ -286,6 +407,31 @@ def print_comparison(table, reference):
         print(f"{name:{width}}" + "".join(f"{mean(r[key] for r in rows):27.3f}" for key in STATISTICS))
 
 
+def standard_error(rows, task):
+    """Of a task's accuracy, mean over the runs: what another sample of as many test rows would change."""
+    p = mean(r["accuracy"][task] for r in rows)
+    return math.sqrt(p * (1 - p) / rows[0]["examples"][task])
+
+
+def print_details(table):
+    """Task by task: accuracy with its standard error, that of choosing the likeliest option, and the loss."""
+    tasks, first = list(next(iter(table.values()))[0]["accuracy"]), next(iter(table.values()))[0]
+    width = max(map(len, [*table, "majority"]))
+
+    def block(title, cell, more=()):
+        print(f"\n{title}\n{'':{width}}" + "".join(f"{t[:12]:>14}" for t in tasks))
+        for name, rows in [*more, *table.items()]:
+            print(f"{name:{width}}" + "".join(f"{cell(rows, t):>14}" for t in tasks))
+
+    def average(key):
+        return lambda rows, t: f"{mean(r[key][t] for r in rows):.3f}" if t in rows[0][key] else "-"
+    simple = [("majority", [first | {"accuracy": first["majority"]}])]
+    block("accuracy ± standard error, of the test rows as a sample",
+          lambda rows, t: average("accuracy")(rows, t) + f" ±{standard_error(rows, t):.3f}", simple)
+    block(f"accuracy of the likeliest option, of the first {PROBES} test rows", average("choice_accuracy"))
+    block("loss, nats per token of the answer", average("loss"))
+
+
 def print_bars(bars, width=60):
     """A bar to the mean of a method's accuracies, up to 1; grey reaches a deviation over seeds either way."""
     low = math.floor(10 * min(v.min().item() for v in bars.values())) / 10
@@ -298,7 +444,8 @@ def print_bars(bars, width=60):
 
 
 def plot_comparison(table, out):
-    """compare.png: mean accuracy, deviation over seeds, by method; experts.png: by E at equal total rank."""
+    """compare.png: mean accuracy, deviation over seeds, by method; experts.png: by E at equal total rank;
+    experts_by_task.png: mean weight of every expert in every task, first seed."""
     adapted = {name: accuracies(rows) for name, rows in table.items() if name != "none"}
     by_E = {rows[0]["n_experts"]: adapted[name] for name, rows in table.items()
             if name == "teamlora" or name.startswith("teamlora_E")}
@@ -306,6 +453,8 @@ def plot_comparison(table, out):
         plot_bars(out / "compare.png", adapted)
     if len(by_E) > 1:
         plot_bars(out / "experts.png", dict(sorted(by_E.items())), "experts E, equal total rank")
+    if routed := {name: rows[0]["expert_usage"] for name, rows in table.items() if STATISTICS[0] in rows[0]}:
+        plot_usage(out / "experts_by_task.png", routed)
 
 
 def plot_bars(path, bars, label=""):
@@ -320,6 +469,24 @@ def plot_bars(path, bars, label=""):
     axes.set_xticks(range(len(bars)), bars, rotation=0 if label else 60, ha="center" if label else "right")
     axes.set_xlabel(label)
     axes.set_ylabel("mean accuracy over tasks (axis cut)")
+    figure.savefig(path, dpi=120)
+
+
+def plot_usage(path, routed):
+    """A panel per method, tasks by experts: the share of an expert, times E, so that 1 is an even share."""
+    from matplotlib.figure import Figure
+    tasks = list(next(iter(routed.values())))
+    figure = Figure(figsize=(2 + 2.2 * len(routed), 1 + 0.3 * len(tasks)), layout="constrained")
+    for axes, (name, usage) in zip(figure.subplots(1, len(routed), squeeze=False)[0], routed.items()):
+        share = torch.tensor([usage[t] for t in tasks])                              # (tasks, E)
+        share = share / share.mean(1, keepdim=True)
+        image = axes.imshow(share, cmap="gray_r", vmin=0, vmax=2, aspect="auto")
+        for (i, e), w in ((place, share[place].item()) for place in itertools.product(*map(range, share.shape))):
+            axes.text(e, i, f"{w:.2f}", ha="center", va="center", color="white" if w > 1.3 else "black", size=7)
+        axes.set_title(name, size=9)
+        axes.set_xticks(range(share.shape[1]), [f"expert {e + 1}" for e in range(share.shape[1])], size=7)
+        axes.set_yticks(range(len(tasks)), tasks if axes is figure.axes[0] else [""] * len(tasks), size=8)
+    figure.colorbar(image, label="mean weight over an even share")
     figure.savefig(path, dpi=120)
 
 

@@ -498,6 +498,67 @@ def test_compare_chooses_by_validation_and_resumes(finished, base, tmp_path, cap
     assert "to teamlora (95%)" in printed and f"{d:+.3f} ±{half:.3f}" in printed
 
 
+def test_a_shorter_search_chooses_the_rate_of_the_long_runs(base, tmp_path, capsys):
+    """Catches a search that takes the long runs' steps, is judged by the test, or is taken for a long run."""
+    flags = [*flags_of(base, tmp_path), "--methods=lora", "--seeds=0,1", "--steps=2", "--search_steps=2"]
+    table = start(compare.compare, [*flags, "--learning_rates=1e-3,3e-3,1e-2"])
+    printed = capsys.readouterr()
+    assert "10 steps of 11 examples" in printed.out                      # 3 x 2 + 2 x 2
+    assert "s a step: about" in printed.out + printed.err
+    rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
+    searched = [r for r in rows if "accuracy" not in r]
+    best = max(sorted(searched, key=lambda r: r["learning_rate"]), key=lambda r: r["val_accuracy"])
+    assert len(searched) >= 3 and len(rows) == len(searched) + 2
+    assert [r["learning_rate"] for r in table["lora"]] == 2 * [best["learning_rate"]]
+    (tmp_path / "lora_1" / "adapter.pt").rename(tmp_path / "adapter.pt")
+    result = use("eval", base, tmp_path, "--val_examples=3")
+    assert train.val_loss(result) == table["lora"][1]["test_loss"]       # a run leaves its adapter
+
+
+def test_options_and_majority():
+    """Catches options of another task, a right answer that is none of them, and the commonest place missed."""
+    def row(given, output, task="a"):
+        return data.Row(task, "Choose.", given, output)
+    listed = [row("x? Options: b c; d", "d"), row("y? Options: e; f", "f"), row("z? Options: g; h", "i")]
+    assert [o for _, o in compare.with_options(listed)] == [["b c", "d"], ["e", "f"]]
+    assert compare.majority(listed) == 2 / 3     # the second place
+    few, many = ([row(str(i), str(i % n)) for i in range(24)] for n in (3, 12))
+    assert all(o == ["0", "1", "2"] for _, o in compare.with_options(few)) and compare.majority(few) == 1 / 3
+    assert compare.with_options(many) == [] and compare.majority([*many, row("", "7")]) == 3 / 25
+
+
+def test_choice_is_the_likeliest_answer_whole(tokenizer):
+    """Catches losses of a micro-batch that go to other rows, an end left out, and a mean in place of a sum."""
+    torch.manual_seed(0)
+    model = Llama(replace(TINY, vocab_size=tokenizer.size)).init_weights()
+    rows = [data.Row("a", "What is it?", "x" * n, o) for n, o in ((30, "the old man in the house"), (2, "no"),
+                                                                  (9, "yes, it is"), (17, "no"))]
+    named = [data.Row("b", "Choose.", "Options: yes; the red book", "the red book"),
+             data.Row("b", "Choose.", "Options: no; a house; a man", "no")]
+
+    def loss(row):
+        x, y, _ = data.collate([data.to_example(tokenizer, row)])
+        return model(x, y)[0].sum().item()
+    expected = {task: sum(min(o, key=lambda option: loss(row._replace(output=option))) == row.output
+                          for row, o in compare.with_options(rows)) / len(rows)
+                for task, rows in (("a", rows), ("b", named))}
+    split = {"a": rows, "b": named, "c": [data.Row("c", "Say it.", str(i), str(i)) for i in range(12)]}
+    given = compare.choice_accuracy(model, tokenizer, split, compare.CompareConfig())
+    assert given == expected and 0 < sum(expected.values()) < 2
+
+
+def test_router_may_have_a_rate_of_its_own(base):
+    """Catches a router left at the rate of A and B, and a parameter in no group or in two."""
+    cfg = compare.CompareConfig(init_from=str(base), device="cpu")
+    model, _, _ = train.prepare(cfg)
+    slow, fast = compare.make_optimizer(model, cfg, "teamlora_router_x10").param_groups
+    names = {p: name for name, p in train.trained(model).items()}
+    assert {names[p].rpartition(".")[2] for p in fast["params"]} == {"router", "interaction"}
+    assert {names[p].rpartition(".")[2] for p in slow["params"]} == {"lora_A", "lora_B"}
+    assert len(slow["params"] + fast["params"]) == len(names) and fast["lr"] == 10 * slow["lr"]
+    assert len(compare.make_optimizer(model, cfg, "teamlora").param_groups) == 1
+
+
 def test_compare_judges_by_other_questions_than_it_chooses_by(base, tmp_path, monkeypatch):
     """Catches a learning rate chosen on the questions that then judge the method."""
     seen, evaluate = {}, train.evaluate
@@ -641,9 +702,12 @@ def test_shapley_needs_two_to_eight_experts(base, tmp_path, flags):
 def test_pictures_are_drawn(tmp_path):
     """Catches a plot that fails on one seed, or on a method without experts."""
     pytest.importorskip("matplotlib")
-    table = {name: [{"mean_accuracy": 0.5 + 0.1 * seed, "n_experts": E} for seed in range(n)]
-             for name, E, n in (("none", 4, 1), ("lora", 1, 2), ("teamlora", 4, 2), ("teamlora_E2", 2, 1))}
+    table = {name: [{"mean_accuracy": 0.5 + 0.1 * seed, "n_experts": E, "expert_usage": {"a": [1.0] * E}}
+                    | {"usage_variation": 0.1} if E > 1 else {"mean_accuracy": 0.5, "n_experts": 1}
+                    for seed in range(n)]
+             for name, E, n in (("none", 1, 1), ("lora", 1, 2), ("teamlora", 4, 2), ("teamlora_E2", 2, 1))}
     compare.plot_comparison(table, tmp_path)
     result = {"tasks": ["a", "b"], "usage": torch.rand(2, 4), "shapley": {"loss": torch.rand(2, 4)}}
     shapley.plot_experts(result, torch.rand(2, 6, 4), tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"compare.png", "experts.png", "shapley.png", "usage.png"}
+    assert {p.name for p in tmp_path.iterdir()} == {"compare.png", "experts.png", "experts_by_task.png",
+                                                     "shapley.png", "usage.png"}
