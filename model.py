@@ -17,6 +17,7 @@ Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E 
 K key/value heads, S time of queries plus cache, N supervised positions.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from teamlora import METHODS, AdapterConfig, InputError, adapter_layers, adapter_parameters, foreign
@@ -359,6 +361,75 @@ class Llama(nn.Module):
         return torch.cat(generated, 1)
 
 
+# ---- The frozen base in four bits
+
+class NF4(torch.Tensor):
+    """A frozen matrix in 4.25 bits a number: NF4 of QLoRA (arXiv 2305.14314), a scale in bf16 for each 64.
+
+    It acts as the matrix that it stands for, in its dtype: whatever uses it makes that anew and drops it. So
+    a layer needs no change, and autograd, which keeps what a product was given, keeps these bits.
+    """
+
+    def __new__(cls, codes, scales, shape, dtype, flipped=False):
+        shape = shape[::-1] if flipped else shape
+        return cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
+
+    def __init__(self, codes, scales, shape, dtype, flipped=False):
+        self.parts = codes, scales, shape, dtype  # codes (N/64, 32): a byte holds two; scales (N/64,)
+        self.flipped = flipped                   # stands for the transpose
+
+    @staticmethod
+    @functools.lru_cache(None)
+    def levels(device):
+        """The 16 values of four bits: 0, and of a normal distribution's quantiles in equal steps eight above
+        it and seven below, over the largest."""
+        above, below = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64))[:-1]
+                        for n in (9, 8))
+        return (torch.cat((-below, above, torch.zeros(1))).sort().values / above[0]).float().to(device)
+
+    @classmethod
+    def of(cls, w):
+        """The NF4 nearest to a matrix; each 64 numbers, row by row, are scaled by their largest."""
+        blocks, levels = F.pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64).float(), cls.levels(w.device)
+        scales = blocks.abs().amax(1).to(torch.bfloat16)                             # (N/64,)
+        unit = blocks / scales.float().clamp(min=1e-30)[:, None]
+        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()  # (N/64, 64)
+        return cls(codes[:, ::2] << 4 | codes[:, 1::2], scales, tuple(w.shape), w.dtype)
+
+    @property
+    def nbytes(self):
+        """What it takes in memory."""
+        return sum(t.nbytes for t in self.parts[:2])
+
+    def matrix(self):
+        """What it stands for, as a plain tensor."""
+        codes, scales, shape, dtype = self.parts
+        levels = self.levels(codes.device)
+        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)    # (256, 2): of every byte
+        w = F.embedding(codes.int(), pairs).flatten(1).mul_(scales[:, None]).to(dtype)   # (N/64, 64)
+        w = w.flatten()[:math.prod(shape)].view(shape)
+        return w.T if self.flipped else w
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return cls(*args[0].parts, args[0].flipped)
+        if function is torch.ops.aten.t.default:
+            return cls(*args[0].parts, not args[0].flipped)
+        if function._schema.is_mutable and isinstance(args[0], cls):
+            raise RuntimeError("a weight in NF4 cannot be changed in place; dequantise the model first")
+        args, kwargs = tree_map_only(cls, cls.matrix, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+
+def dequantise(model):
+    """Replace every NF4 weight of the model by the matrix that it stands for; returns how many."""
+    found = [m for m in model.modules() if isinstance(getattr(m, "weight", None), NF4)]
+    for module in found:
+        module.weight = nn.Parameter(module.weight.matrix(), requires_grad=False)
+    return len(found)
+
+
 # ---- Real weights: config.json and tensors (Hugging Face) or params.json and consolidated.*.pth (Meta)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -618,12 +689,15 @@ def cut_of(parts, shape):
     return cuts.get(own.pop()) if len(own) == 1 else None
 
 
-def materialise(model, device, dtype):
+def materialise(model, device, dtype, nf4=False):
     """Give memory to every parameter that is still on the meta device: the base's in `dtype`, empty, those of
-    adapters in fp32, fresh. One that modules share, like a tied head, stays one."""
+    adapters in fp32, fresh. One that modules share, like a tied head, stays one. nf4: weights of projections
+    stay, until their values are there."""
     added, real = set(adapter_parameters(model).values()), {}
-    for module in model.modules():
+    for name, module in model.named_modules():
         for key, p in list(module.named_parameters(recurse=False)):
+            if nf4 and key == "weight" and name.endswith(PROJECTIONS):
+                continue
             if p.is_meta and p not in real:
                 memory = torch.empty(p.shape, dtype=torch.float32 if p in added else dtype, device=device)
                 real[p] = nn.Parameter(memory, requires_grad=p.requires_grad)
@@ -657,11 +731,12 @@ def open_llama(folder):
     return config, weights, meta
 
 
-def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32):
+def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32, nf4=False):
     """The Llama in a Hugging Face or Meta folder, with fresh adapters in fp32.
 
-    Base weights are converted one by one into `dtype` on `device`. Raises InputError if a key is missing or
-    unexpected or a shape differs, before anything is allocated; and if a value is inf or NaN.
+    Base weights are converted one by one into `dtype` on `device`, with nf4 those of projections into NF4.
+    Raises InputError if a key is missing or unexpected or a shape differs, before anything is allocated; and
+    if a value is inf or NaN.
     """
     config, weights, meta = open_llama(folder := Path(folder))
     with torch.device("meta"):
@@ -675,15 +750,17 @@ def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32):
         if not cut_of(weights[name], p.shape):
             found = " + ".join(str(tuple(t.shape)) for t in weights[name])
             raise InputError(f"{folder}: {name} has shape {found}, its config says {tuple(p.shape)}")
-    materialise(model, device, dtype)
+    materialise(model, device, dtype, nf4)
     for name, p in model.base_parameters().items():
-        target = p.detach()
+        target = whole = torch.empty(p.shape, dtype=dtype, device=device) if p.is_meta else p.detach()
         if meta and name.endswith(("q_proj.weight", "k_proj.weight")):   # pairs of rows: side by side there,
             target = target.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)      # halves here
         for part, piece in zip(weights[name], target.chunk(*cut_of(weights[name], p.shape))):
             piece.copy_(part.detach().reshape(piece.shape))
-        if not torch.stack(p.detach().aminmax()).isfinite().all():
+        if not torch.stack(whole.aminmax()).isfinite().all():
             raise InputError(f"{folder}: {name} holds inf or NaN")
+        if p.is_meta:
+            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(NF4.of(whole), False)
     return model
 
 

@@ -49,7 +49,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import fingerprint, load_llama, plain, queued, read_pickle, save_llama
+from model import dequantise, fingerprint, load_llama, plain, queued, read_pickle, save_llama
 from teamlora import (AdapterConfig, InputError, adapter_layers, balance_loss, collected_weights, flag,
                       load_parameters, mean_usage, merge, parameter_state)
 
@@ -94,7 +94,8 @@ class Config(AdapterConfig):
                                  "--balance run without")
     device: str = flag("auto", "cuda or cpu; auto: cuda if there is one", choices=("auto", "cuda", "cpu"))
     dtype: str = flag("auto", "of the base: float32 or bfloat16; auto: bfloat16 on CUDA, unless "
-                              "--method=full, float32 otherwise", choices=("auto", "float32", "bfloat16"))
+                              "--method=full, float32 otherwise; nf4: as auto, but the projections in four "
+                              "bits", choices=("auto", "float32", "bfloat16", "nf4"))
     seed: int = flag(0, "seed of adapters, data order, dropout and sampling")
     deterministic: bool = flag(False, "on CUDA: only kernels that give the same bits every time, or an "
                                       "error; the CPU's do anyway")
@@ -124,6 +125,11 @@ class Config(AdapterConfig):
         if self.device == "cuda" and not torch.cuda.is_available():
             raise InputError("--device=cuda, but PyTorch finds no CUDA device here; leave the flag out to "
                              "run on the CPU")
+        if self.dtype == "nf4" and self.method == "full":
+            raise InputError("--method=full trains the base, which --dtype=nf4 keeps frozen; leave one of "
+                             "the two out")
+        if self.dtype == "nf4" and self.compile:
+            raise InputError("--compile cannot look into --dtype=nf4; leave one of the two out")
         if self.val_data and not self.data:
             raise InputError("--val_data needs --data")
         data.read_template(self.template)
@@ -139,7 +145,7 @@ def device_and_dtype(cfg):
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     # full training needs fp32 weights: bf16 optimizer steps below 1/256 of a weight are lost
     auto = "bfloat16" if device == "cuda" and cfg.method != "full" else "float32"
-    return device, getattr(torch, auto if cfg.dtype == "auto" else cfg.dtype)
+    return device, getattr(torch, auto if cfg.dtype in ("auto", "nf4") else cfg.dtype)
 
 
 # ---- Past one GPU: torchrun starts RANKS of these processes; alone, nothing here does anything
@@ -718,7 +724,7 @@ def prepare(cfg, saved=None):
     folder = cfg.init_from or BUILT_IN_BASE
     join_processes(device)
     torch.manual_seed(cfg.seed)
-    model = load_llama(folder, cfg.adapter, device, dtype)
+    model = load_llama(folder, cfg.adapter, device, dtype, cfg.dtype == "nf4")
     tokenizer = data.open_tokenizer(folder, next(iter(model.config.eos_token_id), None))
     tokenizer.limit = model.config.vocab_size
     tokenizer.use(cfg.template)
@@ -729,8 +735,9 @@ def prepare(cfg, saved=None):
     model.config = replace(model.config, eos_token_id=tuple(i for i in ends if i < tokenizer.limit))
     base = fingerprint(model)
     if saved and saved["fingerprint"] != base:
-        raise InputError(f"the adapter was made for another base (fingerprint {saved['fingerprint']}) than "
-                         f"{folder} ({base})")
+        then = saved["config"]["dtype"]
+        raise InputError(f"the adapter was made for another base (fingerprint {saved['fingerprint']}, "
+                         f"--dtype={then}) than {folder} ({base}, --dtype={cfg.dtype})")
     if saved:
         load_parameters(trained(model), saved["parameters"])
         if adapter_layers(model) and not any(layer.lora_B.any() for _, layer in adapter_layers(model)):
@@ -755,13 +762,14 @@ def print_start(cfg, model, tokenizer, stream):
     on_gpu = p.device.type == "cuda"
     device = torch.cuda.get_device_name() if on_gpu else f"cpu, {torch.get_num_threads()} threads"
     device += f", times {RANKS}" if RANKS > 1 else ""
+    four_bits = ", its projections in nf4" if cfg.dtype == "nf4" else ""
     padded = real = supervised = n = 0
     for step in range(min(10, cfg.steps)):
         for _, y, m in step_batches(cfg, model, stream, share=list)(step):
             padded, real = padded + m.numel(), real + int(m.sum())
             supervised, n = supervised + int((y >= 0).sum()), n + 1
     steps = min(10, cfg.steps)
-    print(f"device: {device}, base in {str(p.dtype)[6:]}; method: {cfg.method}\n"
+    print(f"device: {device}, base in {str(p.dtype)[6:]}{four_bits}; method: {cfg.method}\n"
           f"parameters: {total:,}, trainable {trainable:,} ({trainable / total:.2%})\n"
           f"a step: {cfg.batch_size} examples, {real // steps:,} tokens ({supervised // steps:,} supervised) "
           f"in {n / steps:.1f} micro-batches, {1 - real / padded:.1%} padding")
@@ -916,6 +924,8 @@ def run_export(cfg, saved):
     if out.exists():
         raise InputError(f"{out} exists already; move or delete it")
     model, tokenizer, _ = prepare(cfg, saved)
+    if n := dequantise(model):
+        print(f"{n} projections are written as the matrices that their four bits stand for")
     merge(model)
     save_llama(model, unfinished := Path(f"{out}.tmp"))
     for pattern in ("*token*.*", "chat_template*"):  # tokenizer.json, special_tokens_map.json, ...

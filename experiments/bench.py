@@ -14,6 +14,7 @@ What may surprise:
 - Only shapes matter: token ids are random, and so are the weights without --init_from.
 """
 
+import bisect
 import gc
 import importlib.util
 import itertools
@@ -29,12 +30,13 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import data
 import train
-from model import MAX_LOGITS, Llama, LlamaConfig, load_llama, materialise, rotary_tables
+from model import MAX_LOGITS, NF4, PROJECTIONS, Llama, LlamaConfig, load_llama, materialise, rotary_tables
 from teamlora import METHODS, InputError, MoELoRALinear, adapter_layers, flag
 
 # the published shapes, for random weights
@@ -43,7 +45,9 @@ SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_wor
              ("smollm2-135m", 49152, 576, 1536, 30, 9, 3, 64, 1e5, True),
              ("llama3.2-1b", 128256, 2048, 8192, 16, 32, 8, 64, 5e5, True),
              ("tinyllama-1.1b", 32000, 2048, 5632, 22, 32, 4, 64, 1e4, False),
-             ("llama2-7b", 32000, 4096, 11008, 32, 32, 32, 128, 1e4, False))}
+             ("llama2-7b", 32000, 4096, 11008, 32, 32, 32, 128, 1e4, False),
+             ("llama3-8b", 128256, 4096, 14336, 32, 32, 8, 128, 5e5, False))}
+CARDS = (8, 12, 16, 24, 80)                      # GB, of which CUDA itself takes one
 HAVE_PEFT = all(importlib.util.find_spec(name) for name in ("peft", "transformers"))
 
 
@@ -136,7 +140,7 @@ def bench_batches(cfg, vocab_size, share):
 def bench_base(cfg, device, dtype):
     """The frozen base whose weights all arms share: a real one, or random weights of a named size."""
     if cfg.init_from:
-        base = load_llama(cfg.init_from, device=device, dtype=dtype)
+        base = load_llama(cfg.init_from, None, device, dtype, cfg.dtype == "nf4")
         if cfg.layers > (n := base.config.num_hidden_layers):
             raise InputError(f"--layers={cfg.layers}, but {cfg.init_from} has only {n} layers")
         return base
@@ -144,7 +148,11 @@ def bench_base(cfg, device, dtype):
     with torch.device("meta"):
         base = Llama(replace(config, num_hidden_layers=cfg.layers or config.num_hidden_layers))
     materialise(base, device, dtype)
-    return base.init_weights()
+    base.init_weights()
+    for name, module in base.named_modules() if cfg.dtype == "nf4" else ():
+        if name.endswith(PROJECTIONS):
+            module.weight = nn.Parameter(NF4.of(module.weight.detach()), requires_grad=False)
+    return base
 
 
 def peft_model(base, arm, cfg):
@@ -263,12 +271,13 @@ BYTES_LOGIT = 4 + 4 + 4                          # itself, its softmax, its grad
 
 
 def training_memory(config, adapter, rows, length,
-                    dtype=torch.bfloat16, checkpointing=False, supervised=0.25):
+                    dtype=torch.bfloat16, checkpointing=False, supervised=0.25, nf4=False):
     """Bytes of a training step on rows * length tokens at its peak, by what needs them; none is allocated.
 
     weights: the frozen base; adapters: with gradients and optimizer; activations: of every layer what
     autograd keeps, traced without storage, or with checkpointing its input; working: the larger of the head's
-    logits and the gradients inside an FFN (with checkpointing also what its layer keeps).
+    logits and the gradients inside an FFN (with checkpointing also what its layer keeps), and with nf4 one
+    matrix made anew.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept, L, size = {}, config.num_hidden_layers, dtype.itemsize
@@ -290,27 +299,37 @@ def training_memory(config, adapter, rows, length,
         # a GPU's rms_norm keeps its x as it is, where the CPU's, traced here, keeps it in fp32
         layer = sum(t.untyped_storage().nbytes() // t.itemsize * min(t.itemsize, size) for t in kept.values())
     n_frozen = sum(p.numel() for p in frozen)
+    matrices = [p.numel() for p in frozen if p.dim() == 2] if nf4 else []
+    saved = sum(matrices) * (size - 17 / 32)     # four bits each, 16 for a block of 64
     n_trained = sum(p.numel() for p in block.parameters()) - n_frozen
     # tables and last norm
     n_shared = ((2 - config.tie_word_embeddings) * config.vocab_size + 1) * config.hidden_size
     n_logits = min(round(supervised * rows * length) * config.vocab_size, MAX_LOGITS)
     ffn = 3 * rows * length * config.intermediate_size * size
-    return {"weights": (L * n_frozen + n_shared) * size, "adapters": BYTES_TRAINED * L * n_trained,
+    return {"weights": (L * n_frozen + n_shared) * size - round(L * saved),
+            "adapters": BYTES_TRAINED * L * n_trained,
             "activations": L * (x.numel() * size if checkpointing else layer),
-            "working": max(BYTES_LOGIT * n_logits, ffn + layer if checkpointing else ffn)}
+            "working": max(BYTES_LOGIT * n_logits, ffn + layer if checkpointing else ffn)
+            + (4 + size) * max(matrices, default=0)}
 
 
 def print_memory(cfg):
     """training_memory of every size, for 1 to 8 rows of --max_length tokens."""
     dtype, many = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, (1, 2, 4, 8)
-    print(f"computed memory of a step, in GB (10^9 bytes), base in {str(dtype)[6:]}; {cfg.method} with E = "
+    nf4 = cfg.dtype == "nf4"
+    base = "nf4" if nf4 else str(dtype)[6:]
+    print(f"computed memory of a step, in GB (10^9 bytes), base in {base}; {cfg.method} with E = "
           f"{cfg.n_experts}, r = {cfg.rank} on {','.join(cfg.targets)}\n\n{'tokens in a micro-batch':32}"
-          + "".join(f"{rows * cfg.max_length:8}" for rows in many))
+          + "".join(f"{rows * cfg.max_length:8}" for rows in many) + "  most tokens on a card of "
+          + ", ".join(map(str, CARDS)) + " GB")
     for size, config in SIZES.items():
         for checkpointing in (False, True):
-            gb = [sum(training_memory(config, cfg.adapter, rows, cfg.max_length, dtype,
-                                      checkpointing).values()) / 1e9 for rows in many]
-            print(f"{size + ' --checkpointing' * checkpointing:32}" + "".join(f"{x:8.1f}" for x in gb))
+            def gb(rows):
+                return sum(training_memory(config, cfg.adapter, rows, cfg.max_length, dtype, checkpointing,
+                                           nf4=nf4).values()) / 1e9
+            fit = [bisect.bisect(range(1, 65), card - 1, key=gb) * cfg.max_length for card in CARDS]
+            print(f"{size + ' --checkpointing' * checkpointing:32}" + "".join(f"{gb(n):8.1f}" for n in many)
+                  + "  " + "".join(f"{tokens or '-':>8}" for tokens in fit))
 
 
 # ---- The benchmark
@@ -387,7 +406,7 @@ def print_setting(cfg, base, layers, device, dtype, peak):
         print("PEFT's LoRA is left out: for it, pip install peft transformers")
     largest = max((m.shape for *_, m in batches), key=math.prod)
     estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype,
-                               cfg.checkpointing)
+                               cfg.checkpointing, nf4=cfg.dtype == "nf4")
     print(f"computed memory of a step of {cfg.method}, in MB: {sum(estimate.values()) / 2 ** 20:,.0f} = "
           + " + ".join(f"{n / 2 ** 20:,.0f} {name}" for name, n in estimate.items()))
 

@@ -5,7 +5,7 @@
 
 The idea: every method gets the rank that brings it closest to TeamLoRA's size, and the learning rate that is
 best on validation questions with the first seed. Then all seeds run, and test questions judge them, seed by
-seed beside --reference. A run is a line of out_dir/compare.jsonl; its adapter is out_dir/VARIANT_SEED/adapter.pt.
+seed beside --reference. A run is a line of out_dir/compare.jsonl, its adapter VARIANT_SEED/adapter.pt there.
 
 What may surprise:
 - A run that is there already, with the same settings, base and rows, is not made again.
@@ -209,7 +209,7 @@ def with_options(rows):
 
 
 def majority(rows):
-    """Share of a task's rows that the commonest answer, or else the commonest place in the options, answers."""
+    """Share of a task's rows that the commonest answer, or their commonest place in the options, gets right."""
     answers = Counter(row.output for row in rows)
     places = Counter(given.index(row.output) for row, given in with_options(rows))
     return max(max(count.values(), default=0) for count in (answers, places)) / len(rows)
@@ -270,8 +270,8 @@ def judge(cfg, model, tokenizer, rows):
     results = train.evaluate(model, test, cfg.max_tokens, "test", each=use if routed else None)
     row = {"accuracy": {t: r["accuracy"] for t, r in results.items()},
            "mean_accuracy": train.mean_accuracy(results), "test_loss": train.val_loss(results),
-           "loss": {t: r["loss"] for t, r in results.items()}, "examples": {t: len(e) for t, e in test.items()},
-           "majority": {t: majority(rows) for t, rows in split.items()},
+           "loss": {t: r["loss"] for t, r in results.items()},
+           "examples": {t: len(e) for t, e in test.items()},
            "choice_accuracy": choice_accuracy(model, tokenizer, split, cfg),
            "expert_usage": {t: r["usage"] for t, r in results.items()}}
     if routed:
@@ -314,7 +314,8 @@ class Cost:
     def __call__(self, record):
         if self.left:
             seconds = record["seconds"] / record["step"]
-            tqdm.write(f"{record['tokens_per_second'] * seconds:,.0f} tokens and {seconds:.2f} s a step: about "
+            tokens = record["tokens_per_second"] * seconds
+            tqdm.write(f"{tokens:,.0f} tokens and {seconds:.2f} s a step: about "
                        f"{self.left * seconds / 3600:.1f} h for those that are left, evaluation aside")
         self.left = 0
 
@@ -359,7 +360,7 @@ def compare(cfg, saved):
                          lambda rate: run(name, rate, first, cfg.search_steps > 0)["val_accuracy"])
         table[name] = [run(name, rate, seed) for seed in cfg.seeds]
         print_comparison(table, cfg.reference)
-    print_details(table)
+    print_details(table, {task: majority(rows) for task, rows in held_out(cfg, rows).items()})
     if cfg.plot:
         plot_comparison(table, Path(cfg.out_dir))
     return table
@@ -413,8 +414,9 @@ def standard_error(rows, task):
     return math.sqrt(p * (1 - p) / rows[0]["examples"][task])
 
 
-def print_details(table):
-    """Task by task: accuracy with its standard error, that of choosing the likeliest option, and the loss."""
+def print_details(table, simple):
+    """Task by task: accuracy with its standard error, that of choosing the likeliest option, and the loss.
+    simple: task -> what is right without reading the question, see majority."""
     tasks, first = list(next(iter(table.values()))[0]["accuracy"]), next(iter(table.values()))[0]
     width = max(map(len, [*table, "majority"]))
 
@@ -425,9 +427,9 @@ def print_details(table):
 
     def average(key):
         return lambda rows, t: f"{mean(r[key][t] for r in rows):.3f}" if t in rows[0][key] else "-"
-    simple = [("majority", [first | {"accuracy": first["majority"]}])]
     block("accuracy ± standard error, of the test rows as a sample",
-          lambda rows, t: average("accuracy")(rows, t) + f" ±{standard_error(rows, t):.3f}", simple)
+          lambda rows, t: average("accuracy")(rows, t) + f" ±{standard_error(rows, t):.3f}",
+          [("majority", [first | {"accuracy": simple}])])
     block(f"accuracy of the likeliest option, of the first {PROBES} test rows", average("choice_accuracy"))
     block("loss, nats per token of the answer", average("loss"))
 
@@ -481,8 +483,9 @@ def plot_usage(path, routed):
         share = torch.tensor([usage[t] for t in tasks])                              # (tasks, E)
         share = share / share.mean(1, keepdim=True)
         image = axes.imshow(share, cmap="gray_r", vmin=0, vmax=2, aspect="auto")
-        for (i, e), w in ((place, share[place].item()) for place in itertools.product(*map(range, share.shape))):
-            axes.text(e, i, f"{w:.2f}", ha="center", va="center", color="white" if w > 1.3 else "black", size=7)
+        for i, e in itertools.product(*map(range, share.shape)):
+            axes.text(e, i, f"{share[i, e]:.2f}", ha="center", va="center", size=7,
+                      color="white" if share[i, e] > 1.3 else "black")
         axes.set_title(name, size=9)
         axes.set_xticks(range(share.shape[1]), [f"expert {e + 1}" for e in range(share.shape[1])], size=7)
         axes.set_yticks(range(len(tasks)), tasks if axes is figure.axes[0] else [""] * len(tasks), size=8)

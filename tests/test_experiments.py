@@ -279,17 +279,20 @@ def test_ten_kills_leave_no_trace_in_a_base(tmp_path):
 # ---- The benchmark: is the speed measured fairly?
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_computed_memory_is_the_measured_one(checkpointing, dtype):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "nf4"])
+def test_computed_memory_is_the_measured_one(checkpointing, dtype, monkeypatch):
     """Catches a formula that forgets a part: the table for a 7B comes from it."""
     torch.manual_seed(0)
     config = replace(TINY, vocab_size=2000, hidden_size=96, intermediate_size=256, num_hidden_layers=5)
-    cfg = bench.BenchConfig(checkpointing=checkpointing, max_length=128, max_tokens=512)
-    arm = bench.Arm("teamlora", 4, 8, 5)
-    base = Llama(config).init_weights().to(dtype)
+    cfg = bench.BenchConfig(checkpointing=checkpointing, max_length=128, max_tokens=512, dtype=dtype,
+                            size="tinyllama-1.1b")
+    monkeypatch.setitem(bench.SIZES, cfg.size, config)
+    arm, nf4 = bench.Arm("teamlora", 4, 8, 5), dtype == "nf4"
+    dtype = torch.bfloat16 if nf4 else getattr(torch, dtype)
+    base = bench.bench_base(cfg, "cpu", dtype)
     batches = bench.bench_batches(cfg, 2000, 1.0)
     step, _, held = bench.bench_runs(bench.bench_model(base, arm, cfg), arm, batches, cfg)
-    parts = bench.training_memory(config, cfg.adapter, 4, 128, dtype, checkpointing)
+    parts = bench.training_memory(config, cfg.adapter, 4, 128, dtype, checkpointing, nf4=nf4)
     assert 0.9 < sum(parts.values()) / (held + bench.allocated_peak(step, "cpu")) < 1.15
     assert parts["weights"] == sum(p.nbytes for p in base.parameters())
 
@@ -300,8 +303,14 @@ def test_memory_of_real_llamas_is_printed_without_making_one(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()[-2 * len(bench.SIZES):]
     assert [line.split()[0] for line in lines] == [name for name in bench.SIZES for _ in range(2)]
     for line, checkpointed in zip(lines[::2], lines[1::2]):
-        gb, less = ([float(x) for x in text.split()[-4:]] for text in (line, checkpointed))
+        gb, less = ([float(x) for x in text.split()[-9:-5]] for text in (line, checkpointed))
         assert gb == sorted(gb) and all(a >= b > 0 for a, b in zip(gb, less))
+        tokens, more = ([int(x.replace("-", "0")) for x in text.split()[-5:]]
+                        for text in (line, checkpointed))
+        assert tokens == sorted(tokens) and all(a <= b for a, b in zip(tokens, more))
+        for gb_of, most in ((gb, tokens), (less, more)):         # what fits is what the first columns say
+            assert all((needed + 1 <= card) == (n * 1024 <= fit) for card, fit in zip(bench.CARDS, most)
+                       for n, needed in zip((1, 2, 4, 8), gb_of) if abs(needed + 1 - card) > 0.1)
     assert not (tmp_path / "new").exists()
 
 
@@ -516,7 +525,7 @@ def test_a_shorter_search_chooses_the_rate_of_the_long_runs(base, tmp_path, caps
 
 
 def test_options_and_majority():
-    """Catches options of another task, a right answer that is none of them, and the commonest place missed."""
+    """Catches options of other tasks, a right answer that is none of them, and the commonest place missed."""
     def row(given, output, task="a"):
         return data.Row(task, "Choose.", given, output)
     listed = [row("x? Options: b c; d", "d"), row("y? Options: e; f", "f"), row("z? Options: g; h", "i")]
@@ -528,7 +537,7 @@ def test_options_and_majority():
 
 
 def test_choice_is_the_likeliest_answer_whole(tokenizer):
-    """Catches losses of a micro-batch that go to other rows, an end left out, and a mean in place of a sum."""
+    """Catches losses that go to other rows of a micro-batch, an end left out, and a mean for a sum."""
     torch.manual_seed(0)
     model = Llama(replace(TINY, vocab_size=tokenizer.size)).init_weights()
     rows = [data.Row("a", "What is it?", "x" * n, o) for n, o in ((30, "the old man in the house"), (2, "no"),
