@@ -209,7 +209,7 @@ def with_options(rows):
 
 
 def majority(rows):
-    """Share of a task's rows that the commonest answer, or their commonest place in the options, gets right."""
+    """Share of a task's rows that one fixed answer, or one place in the options, gets right at best."""
     answers = Counter(row.output for row in rows)
     places = Counter(given.index(row.output) for row, given in with_options(rows))
     return max(max(count.values(), default=0) for count in (answers, places)) / len(rows)

@@ -46,10 +46,17 @@ class OnGPU(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if any(map(foreign, types)):
+            return NotImplemented
         raise RuntimeError(f"{func} of a tensor whose pretended GPU is gone")
 
     def __reduce_ex__(self, protocol):           # torch.save; a real file would say "cuda:0"
         return self.detach().host.__reduce_ex__(protocol)
+
+
+def foreign(kind):
+    """Whether a class of tensors has operations of its own, as a matrix in four bits has."""
+    return not issubclass(kind, OnGPU) and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def mapped(function, tree):
@@ -74,6 +81,8 @@ class GPU(TorchDispatchMode):
         if func is torch.ops.prim.device.default:
             return TOLD
         values = [v for a in (*args, *kwargs.values()) for v in (a if isinstance(a, (list, tuple)) else (a,))]
+        if any(isinstance(v, Tensor) and foreign(type(v)) for v in values):
+            return NotImplemented                # it comes apart into tensors, with which it comes again
         own = {id(v.host): v for v in values if isinstance(v, OnGPU)}
         target = torch.device(kwargs["device"]) if kwargs.get("device") else None
         target = "cuda" if target == TOLD else target and target.type

@@ -28,7 +28,7 @@ except Exception as e:                           # whatever a later torch has re
 
 def ready(device, folder, cfg):
     """(the tiny Llama of the folder, where no expert is zero, and a step's micro-batches) on the device."""
-    model = load_llama(folder, cfg.adapter, device).train()
+    model = load_llama(folder, cfg.adapter, device, nf4=cfg.dtype == "nf4").train()
     model.checkpointing = cfg.checkpointing
     generator, trained = torch.Generator().manual_seed(0), train.trained(model)
     load_parameters(trained, {n: 0.1 * torch.randn(p.shape, generator=generator) for n, p in trained.items()})
@@ -46,7 +46,7 @@ def folder(tmp_path_factory):
 
 
 OPTIONS = [*({"method": method} for method in (*METHODS, "full")), {"balance": 0.1, "dropout": 0.1},
-           {"checkpointing": True}]
+           {"checkpointing": True}, {"dtype": "nf4"}]
 
 
 def assert_same(found, expected, tolerance):
