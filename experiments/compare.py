@@ -382,11 +382,10 @@ def accuracies(rows):
 
 
 def print_comparison(table, reference):
-    """A line per method: size, rate, time, accuracy by task, mean, deviation over seeds, difference."""
-    tasks = list(next(iter(table.values()))[0]["accuracy"])
+    """A line per method: size, rate, time, mean accuracy of choosing the likeliest option, mean accuracy, its
+    deviation over seeds, difference."""
     width = max(map(len, [*table, "method"]))
-    print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8} "
-          + "".join(f"{t[:7]:>8}" for t in tasks) + f"{'mean':>8}{'sd':>7}"
+    print(f"\n{'method':{width}}{'params':>11}{'rate':>9}{'s/step':>8}{'option':>8}{'mean':>8}{'sd':>7}"
           + f"   to {reference} (95%)" * (reference in table))
     for name, rows in table.items():
         deviation = f"{accuracies(rows).std():7.3f}" if len(rows) > 1 else f"{'-':>7}"
@@ -396,8 +395,9 @@ def print_comparison(table, reference):
                                 for r, other in zip(rows, table[reference])])
             difference = f"   {d:+.3f}" + (f" ±{half:.3f}" if half is not None else "")
         print(f"{name:{width}}{rows[0]['trainable_parameters']:>11,}{rows[0]['learning_rate']:>9.0e}"
-              f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f} "
-              + "".join(f"{mean(r['accuracy'][t] for r in rows):8.3f}" for t in tasks)
+              f"{mean(r['seconds'] / r['steps'] for r in rows):>8.3f}"
+              + (f"{mean(mean(r['choice_accuracy'].values()) for r in rows):8.3f}" if
+                 rows[0]["choice_accuracy"] else f"{'-':>8}")
               + f"{accuracies(rows).mean():8.3f}{deviation}{difference}")
     # beside the base's 0 all others look alike
     print_bars({name: accuracies(rows) for name, rows in table.items() if name != "none"})
@@ -421,7 +421,7 @@ def print_details(table, simple):
     width = max(map(len, [*table, "majority"]))
 
     def block(title, cell, more=()):
-        print(f"\n{title}\n{'':{width}}" + "".join(f"{t[:12]:>14}" for t in tasks))
+        print(f"\n{title}\n{'':{width}}" + "".join(f"{t[:13]:>14}" for t in tasks))
         for name, rows in [*more, *table.items()]:
             print(f"{name:{width}}" + "".join(f"{cell(rows, t):>14}" for t in tasks))
 

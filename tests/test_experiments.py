@@ -583,7 +583,7 @@ def test_compare_judges_by_other_questions_than_it_chooses_by(base, tmp_path, mo
 
 def test_compare_on_other_rows_is_run_again(base, tmp_path):
     """Catches results of another file or of fewer steps that are taken for these, and a torn file."""
-    rows = [{"instruction": f"number {i}?", "output": f"it is {i % 3}"} for i in range(60)]
+    rows = [{"instruction": f"number {i}?", "output": f"it is {i}"} for i in range(60)]
     flags = [*flags_of(base, tmp_path), "--methods=lora", "--seeds=0", "--learning_rates=1e-3", "--steps=1",
              f"--data={tmp_path}/rows.json"]
     for n, lines in ((60, 1), (60, 1), (59, 2)):
