@@ -187,53 +187,52 @@ STATISTICS = ("usage_variation", "token_variation", "weight_entropy", "task_info
 
 # ---- The runs
 
-def held_out(cfg, rows):
-    """task -> test rows: those that train.encode_held_out takes."""
-    if rows is None:
-        return data.minicme_held_out("test", cfg.val_examples or 400)
-    split = defaultdict(list)
-    for row in sorted(rows[2], key=data.place):
+def with_options(cfg, rows):
+    """task -> [(row, its options)] of the test rows that train.encode_held_out takes. Options are what the
+    input ends in, "Options: this; that", or else the task's answers, if they are few; [] if it has none."""
+    split = defaultdict(list) if rows else data.minicme_held_out("test", 400)
+    for row in sorted(rows[2], key=data.place) if rows else ():
         split[row.task].append(row)
-    return {task: rows[:cfg.val_examples or None] for task, rows in split.items()}
+    answers = defaultdict(set)
+    for row in itertools.chain(*split.values(), *(rows or ())):
+        answers[row.task].add(row.output)
+
+    def options(row):
+        listed = sorted(answers[row.task])
+        if "Options: " in row.input:
+            listed = row.input.rpartition("Options: ")[2].split("; ")
+        return listed if row.output in listed and len(listed) <= MOST_ANSWERS else []
+    return {task: [(row, options(row)) for row in rows[:cfg.val_examples or None]]
+            for task, rows in split.items()}
 
 
-def with_options(rows):
-    """[(row, its options)] of a task's rows that leave something to choose: what the input ends in, "Options:
-    this; that", or else the task's answers, if they are few."""
-    answers, asked = sorted({row.output for row in rows}), []
-    for row in rows:
-        listed = row.input.rpartition("Options: ")[2].split("; ") if "Options: " in row.input else answers
-        if row.output in listed and len(listed) <= MOST_ANSWERS:
-            asked.append((row, listed))
-    return asked
-
-
-def majority(rows):
+def majority(asked):
     """Share of a task's rows that one fixed answer, or one place in the options, gets right at best."""
-    answers = Counter(row.output for row in rows)
-    places = Counter(given.index(row.output) for row, given in with_options(rows))
-    return max(max(count.values(), default=0) for count in (answers, places)) / len(rows)
+    answers = Counter(row.output for row, _ in asked)
+    places = Counter(options.index(row.output) for row, options in asked if options)
+    return max(max(count.values(), default=0) for count in (answers, places)) / len(asked)
 
 
 @torch.no_grad()
-def choice_accuracy(model, tokenizer, split, cfg):
-    """task -> share of its first PROBES rows of which the right answer is the likeliest option: its
+def choice_accuracy(model, tokenizer, asked, cfg):
+    """task -> share of its first PROBES rows with options of which the right answer is the likeliest: its
     probability is the product over its tokens and the end of sequence, of whatever length."""
     model.eval()
     device, result = next(model.parameters()).device, {}
-    for task, rows in split.items():
-        asked = with_options(rows)[:PROBES]
-        examples = [data.to_example(tokenizer, row._replace(output=o)) for row, given in asked for o in given]
-        losses = {}
-        for batch in train.micro_batches(model, examples, cfg.max_tokens):
+    for task, rows in asked.items():
+        few = []
+        for row, options in rows:
+            examples = [data.to_example(tokenizer, row._replace(output=o)) for o in options]
+            if examples and max(len(e.ids) for e in examples) <= cfg.max_length:
+                few.append((examples, examples[options.index(row.output)]))
+        few, losses = few[:PROBES], {}
+        for batch in train.micro_batches(model, [e for examples, _ in few for e in examples], cfg.max_tokens):
             x, y, _ = train.to_device(data.collate(batch), device)
             row = (y >= 0).nonzero()[:, 0].to(device)                                # (N,)
             loss = torch.zeros(len(batch), device=device).index_add_(0, row, model(x, y)[0])
             losses |= zip(map(id, batch), loss.tolist())
-        left = iter(examples)
-        chosen = [min(given, key=lambda option: losses[id(next(left))]) == row.output for row, given in asked]
-        if asked:
-            result[task] = mean(chosen)
+        chosen = [min(examples, key=lambda e: losses[id(e)]) is right for examples, right in few]
+        result |= {task: mean(chosen)} if few else {}
     return result
 
 
@@ -264,7 +263,7 @@ def train_variant(cfg, name, rows, searching, log):
 
 def judge(cfg, model, tokenizer, rows):
     """What test questions say of a trained model: the other entries of its row."""
-    split, use = held_out(cfg, rows), ExpertUse()
+    use = ExpertUse()
     test = train.encode_held_out(cfg, tokenizer, rows and rows[2], "test")
     routed = cfg.method in METHODS and cfg.method != "lora" and cfg.n_experts > 1
     results = train.evaluate(model, test, cfg.max_tokens, "test", each=use if routed else None)
@@ -272,7 +271,7 @@ def judge(cfg, model, tokenizer, rows):
            "mean_accuracy": train.mean_accuracy(results), "test_loss": train.val_loss(results),
            "loss": {t: r["loss"] for t, r in results.items()},
            "examples": {t: len(e) for t, e in test.items()},
-           "choice_accuracy": choice_accuracy(model, tokenizer, split, cfg),
+           "choice_accuracy": choice_accuracy(model, tokenizer, with_options(cfg, rows), cfg),
            "expert_usage": {t: r["usage"] for t, r in results.items()}}
     if routed:
         row |= use.statistics()
@@ -360,7 +359,7 @@ def compare(cfg, saved):
                          lambda rate: run(name, rate, first, cfg.search_steps > 0)["val_accuracy"])
         table[name] = [run(name, rate, seed) for seed in cfg.seeds]
         print_comparison(table, cfg.reference)
-    print_details(table, {task: majority(rows) for task, rows in held_out(cfg, rows).items()})
+    print_details(table, {task: majority(asked) for task, asked in with_options(cfg, rows).items()})
     if cfg.plot:
         plot_comparison(table, Path(cfg.out_dir))
     return table

@@ -168,8 +168,8 @@ def test_a_comparison_waits_for_no_layer(base, tmp_path, monkeypatch):
     with pretended_gpu() as gpu:
         monkeypatch.setattr(train, "evaluate", noted_waits(gpu, train.evaluate, waits := []))
         train.main(flags, run=compare.compare, config=compare.CompareConfig)
-    tasks = len(data.TASKS)                      # test questions with statistics, validation, top 1, top 2
-    assert waits == [3 * tasks, tasks, tasks, tasks]
+    tasks = len(data.TASKS)                      # validation, test with statistics, top 1, 2 and all
+    assert waits == [tasks, 4 * tasks, tasks, tasks, tasks]
 
 
 def test_shapley_values_wait_for_no_layer(base, tmp_path, monkeypatch):

@@ -528,31 +528,39 @@ def test_options_and_majority():
     """Catches options of other tasks, a right answer that is none of them, and the commonest place missed."""
     def row(given, output, task="a"):
         return data.Row(task, "Choose.", given, output)
-    listed = [row("x? Options: b c; d", "d"), row("y? Options: e; f", "f"), row("z? Options: g; h", "i")]
-    assert [o for _, o in compare.with_options(listed)] == [["b c", "d"], ["e", "f"]]
-    assert compare.majority(listed) == 2 / 3     # the second place
-    few, many = ([row(str(i), str(i % n)) for i in range(24)] for n in (3, 12))
-    assert all(o == ["0", "1", "2"] for _, o in compare.with_options(few)) and compare.majority(few) == 1 / 3
-    assert compare.with_options(many) == [] and compare.majority([*many, row("", "7")]) == 3 / 25
+    listed = [row("x? Options: d; b c", "b c"), row("y? Options: e; f", "f"), row("z? Options: g; h", "i")]
+    few, many = ([row(str(i), str(i % n), task) for i in range(24)] for n, task in ((3, "few"), (12, "many")))
+    seen = [row("", "a fourth", "few"), row("", "7", "many")]
+    asked = compare.with_options(compare.CompareConfig(val_examples=0), (seen, [], [*listed, *few, *many]))
+    assert sorted(o for _, o in asked["a"]) == [[], ["d", "b c"], ["e", "f"]]
+    assert all(o == ["0", "1", "2", "a fourth"] for _, o in asked["few"])
+    assert all(o == [] for _, o in asked["many"])
+    assert [compare.majority(asked[task]) for task in asked] == [
+        {"a": 2 / 3, "few": 1 / 3, "many": 1 / 12}[task] for task in asked]          # a: the second place
+    split = data.minicme_held_out("test", 3)
+    assert {task: [row for row, _ in rows] for task, rows in compare.with_options(
+        compare.CompareConfig(val_examples=3), None).items()} == split
 
 
 def test_choice_is_the_likeliest_answer_whole(tokenizer):
     """Catches losses that go to other rows of a micro-batch, an end left out, and a mean for a sum."""
     torch.manual_seed(0)
     model = Llama(replace(TINY, vocab_size=tokenizer.size)).init_weights()
-    rows = [data.Row("a", "What is it?", "x" * n, o) for n, o in ((30, "the old man in the house"), (2, "no"),
-                                                                  (9, "yes, it is"), (17, "no"))]
+    rows = [data.Row("a", "What is it?", "x" * n, o) for n, o in (
+        (30, "the old man in the house"), (2, "no"), (9, "yes, it is"), (17, "no"), (900, "no"))]
     named = [data.Row("b", "Choose.", "Options: yes; the red book", "the red book"),
              data.Row("b", "Choose.", "Options: no; a house; a man", "no")]
+    other = [data.Row("c", "Say it.", str(i), str(i)) for i in range(12)]
+    cfg = compare.CompareConfig(max_length=500)  # one row is longer
+    asked = compare.with_options(cfg, ([], [], [*rows, *named, *other]))
 
     def loss(row):
         x, y, _ = data.collate([data.to_example(tokenizer, row)])
         return model(x, y)[0].sum().item()
     expected = {task: sum(min(o, key=lambda option: loss(row._replace(output=option))) == row.output
-                          for row, o in compare.with_options(rows)) / len(rows)
-                for task, rows in (("a", rows), ("b", named))}
-    split = {"a": rows, "b": named, "c": [data.Row("c", "Say it.", str(i), str(i)) for i in range(12)]}
-    given = compare.choice_accuracy(model, tokenizer, split, compare.CompareConfig())
+                          for row, o in asked[task] if len(row.input) < 900) / n
+                for task, n in (("a", 4), ("b", 2))}
+    given = compare.choice_accuracy(model, tokenizer, asked, cfg)
     assert given == expected and 0 < sum(expected.values()) < 2
 
 
