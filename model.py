@@ -17,7 +17,6 @@ Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E 
 K key/value heads, S time of queries plus cache, N supervised positions.
 """
 
-import functools
 import hashlib
 import json
 import math
@@ -363,6 +362,13 @@ class Llama(nn.Module):
 
 # ---- The frozen base in four bits
 
+# the 16 levels: 0, and quantiles of a normal distribution, each as likely as the next, over the largest
+NF4_LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+              -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+              0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+              0.7229568362236023, 1.0)
+
+
 class NF4(torch.Tensor):
     """A frozen matrix in 4.25 bits a number: NF4 of QLoRA (arXiv 2305.14314), a scale in bf16 for each 64.
 
@@ -370,52 +376,44 @@ class NF4(torch.Tensor):
     a layer needs no change, and autograd, which keeps what a product was given, keeps these bits.
     """
 
-    def __new__(cls, codes, scales, shape, dtype, flipped=False):
+    def __new__(cls, parts, flipped=False):
+        codes, _, _, shape, dtype = parts
         shape = shape[::-1] if flipped else shape
         return cls._make_wrapper_subclass(cls, shape, dtype=dtype, device=codes.device)
 
-    def __init__(self, codes, scales, shape, dtype, flipped=False):
-        self.parts = codes, scales, shape, dtype  # codes (N/64, 32): a byte holds two; scales (N/64,)
-        self.flipped = flipped                   # stands for the transpose
-
-    @staticmethod
-    @functools.lru_cache(None)
-    def levels(device):
-        """The 16 values of four bits: 0, and of a normal distribution's quantiles in equal steps eight above
-        it and seven below, over the largest."""
-        above, below = (torch.special.ndtri(torch.linspace(0.9677083, 0.5, n, dtype=torch.float64))[:-1]
-                        for n in (9, 8))
-        return (torch.cat((-below, above, torch.zeros(1))).sort().values / above[0]).float().to(device)
+    def __init__(self, parts, flipped=False):
+        # codes (N/64, 32): a byte holds two; scales (N/64,); pairs (256, 2): the levels of every byte
+        self.parts, self.flipped = parts, flipped    # flipped: it stands for the transpose
 
     @classmethod
-    def of(cls, w):
-        """The NF4 nearest to a matrix; each 64 numbers, row by row, are scaled by their largest."""
-        blocks, levels = F.pad(w.flatten(), (0, -w.numel() % 64)).view(-1, 64).float(), cls.levels(w.device)
-        scales = blocks.abs().amax(1).to(torch.bfloat16)                             # (N/64,)
+    def of(cls, w, dtype):
+        """The NF4 nearest to w (out, in); each 64 numbers, row by row, are scaled by their largest."""
+        blocks = F.pad(w.flatten().float(), (0, -w.numel() % 64)).view(-1, 64)       # (N/64, 64)
+        levels = torch.tensor(NF4_LEVELS, device=w.device)
+        scales = blocks.abs().amax(1).to(torch.bfloat16)
         unit = blocks / scales.float().clamp(min=1e-30)[:, None]
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()  # (N/64, 64)
-        return cls(codes[:, ::2] << 4 | codes[:, 1::2], scales, tuple(w.shape), w.dtype)
+        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()     # 0 to 15
+        codes = codes[:, ::2] << 4 | codes[:, 1::2]
+        return cls((codes, scales, torch.cartesian_prod(levels, levels), tuple(w.shape), dtype))
 
     @property
     def nbytes(self):
-        """What it takes in memory."""
+        """What it takes in memory, but for the table of pairs."""
         return sum(t.nbytes for t in self.parts[:2])
 
     def matrix(self):
         """What it stands for, as a plain tensor."""
-        codes, scales, shape, dtype = self.parts
-        levels = self.levels(codes.device)
-        pairs = torch.stack((levels.repeat_interleave(16), levels.repeat(16)), 1)    # (256, 2): of every byte
-        w = F.embedding(codes.int(), pairs).flatten(1).mul_(scales[:, None]).to(dtype)   # (N/64, 64)
+        codes, scales, pairs, shape, dtype = self.parts
+        w = F.embedding(codes.int(), pairs).flatten(1).mul_(scales[:, None]).to(dtype)       # (N/64, 64)
         w = w.flatten()[:math.prod(shape)].view(shape)
         return w.T if self.flipped else w
 
     @classmethod
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return cls(*args[0].parts, args[0].flipped)
+            return cls(args[0].parts, args[0].flipped)
         if function is torch.ops.aten.t.default:
-            return cls(*args[0].parts, not args[0].flipped)
+            return cls(args[0].parts, not args[0].flipped)
         if function._schema.is_mutable and isinstance(args[0], cls):
             raise RuntimeError("a weight in NF4 cannot be changed in place; dequantise the model first")
         args, kwargs = tree_map_only(cls, cls.matrix, (args, kwargs or {}))
@@ -752,7 +750,8 @@ def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32, nf4=Fals
             raise InputError(f"{folder}: {name} has shape {found}, its config says {tuple(p.shape)}")
     materialise(model, device, dtype, nf4)
     for name, p in model.base_parameters().items():
-        target = whole = torch.empty(p.shape, dtype=dtype, device=device) if p.is_meta else p.detach()
+        # fp32, so that its four bits are the same whatever computes with them
+        target = whole = torch.empty(p.shape, device=device) if p.is_meta else p.detach()
         if meta and name.endswith(("q_proj.weight", "k_proj.weight")):   # pairs of rows: side by side there,
             target = target.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2)      # halves here
         for part, piece in zip(weights[name], target.chunk(*cut_of(weights[name], p.shape))):
@@ -760,7 +759,8 @@ def load_llama(folder, adapter=None, device="cpu", dtype=torch.float32, nf4=Fals
         if not torch.stack(whole.aminmax()).isfinite().all():
             raise InputError(f"{folder}: {name} holds inf or NaN")
         if p.is_meta:
-            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(NF4.of(whole), False)
+            model.get_submodule(name.removesuffix(".weight")).weight = nn.Parameter(
+                NF4.of(whole, dtype), requires_grad=False)
     return model
 
 

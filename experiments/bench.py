@@ -24,7 +24,7 @@ import os
 import random
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -151,7 +151,7 @@ def bench_base(cfg, device, dtype):
     base.init_weights()
     for name, module in base.named_modules() if cfg.dtype == "nf4" else ():
         if name.endswith(PROJECTIONS):
-            module.weight = nn.Parameter(NF4.of(module.weight.detach()), requires_grad=False)
+            module.weight = nn.Parameter(NF4.of(module.weight.detach(), dtype), requires_grad=False)
     return base
 
 
@@ -324,12 +324,14 @@ def print_memory(cfg):
           + ", ".join(map(str, CARDS)) + " GB")
     for size, config in SIZES.items():
         for checkpointing in (False, True):
+            @cache
             def gb(rows):
                 return sum(training_memory(config, cfg.adapter, rows, cfg.max_length, dtype, checkpointing,
                                            nf4=nf4).values()) / 1e9
-            fit = [bisect.bisect(range(1, 65), card - 1, key=gb) * cfg.max_length for card in CARDS]
+            fit = [bisect.bisect(range(1, 65), card - 1, key=gb) for card in CARDS]
             print(f"{size + ' --checkpointing' * checkpointing:32}" + "".join(f"{gb(n):8.1f}" for n in many)
-                  + "  " + "".join(f"{tokens or '-':>8}" for tokens in fit))
+                  + "  " + "".join(f"{'>' * (n == 64)}{n * cfg.max_length:,}".rjust(8) if n else f"{'-':>8}"
+                                   for n in fit))
 
 
 # ---- The benchmark
@@ -399,7 +401,8 @@ def print_setting(cfg, base, layers, device, dtype, peak):
     batches = bench_batches(cfg, base.config.vocab_size, 1.0)
     real, padded = (sum(f(m) for *_, m in batches) for f in (lambda m: int(m.sum()), torch.numel))
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    print(f"{cfg.init_from or cfg.size}, {layers} layers, {str(dtype)[6:]} on {name}; matmul peak "
+    base_type = str(dtype)[6:] + ", projections in nf4" * (cfg.dtype == "nf4")
+    print(f"{cfg.init_from or cfg.size}, {layers} layers, {base_type} on {name}; matmul peak "
           f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, "
           f"{1 - real / padded:.1%} padding")
     if not HAVE_PEFT:

@@ -5,7 +5,8 @@
 
 The idea: every method gets the rank that brings it closest to TeamLoRA's size, and the learning rate that is
 best on validation questions with the first seed. Then all seeds run, and test questions judge them, seed by
-seed beside --reference. A run is a line of out_dir/compare.jsonl, its adapter VARIANT_SEED/adapter.pt there.
+seed beside --reference. A run is a line of out_dir/compare.jsonl; the folder that bears the name of its
+"settings" holds its adapter.pt.
 
 What may surprise:
 - A run that is there already, with the same settings, base and rows, is not made again.
@@ -57,6 +58,9 @@ class CompareConfig(train.Config):
             if len(set(values)) < len(values):
                 raise InputError(f"--{name} must be distinct, not {','.join(map(str, values))}")
         possible = variants(self)
+        if self.dtype == "nf4" and {"full", "all"} & {*self.methods}:
+            raise InputError("--methods with full, which trains the base, and --dtype=nf4, which keeps it "
+                             "frozen; name other --methods")
         for name in (*(possible if self.methods == ("all",) else self.methods), self.reference):
             if name not in possible:
                 raise InputError(f"--methods, --reference: '{name}' is none of {', '.join(possible)}")
@@ -189,7 +193,7 @@ STATISTICS = ("usage_variation", "token_variation", "weight_entropy", "task_info
 
 def with_options(cfg, rows):
     """task -> [(row, its options)] of the test rows that train.encode_held_out takes. Options are what the
-    input ends in, "Options: this; that", or else the task's answers, if they are few; [] if it has none."""
+    question ends in, "Options: this; that", or else the task's answers, if they are few; else []."""
     split = defaultdict(list) if rows else data.minicme_held_out("test", 400)
     for row in sorted(rows[2], key=data.place) if rows else ():
         split[row.task].append(row)
@@ -198,9 +202,9 @@ def with_options(cfg, rows):
         answers[row.task].add(row.output)
 
     def options(row):
-        listed = sorted(answers[row.task])
-        if "Options: " in row.input:
-            listed = row.input.rpartition("Options: ")[2].split("; ")
+        question, listed = f"{row.instruction} {row.input}".strip(), sorted(answers[row.task])
+        if "Options: " in question:
+            listed = question.rpartition("Options: ")[2].split("; ")
         return listed if row.output in listed and len(listed) <= MOST_ANSWERS else []
     return {task: [(row, options(row)) for row in rows[:cfg.val_examples or None]]
             for task, rows in split.items()}
@@ -236,9 +240,9 @@ def choice_accuracy(model, tokenizer, asked, cfg):
     return result
 
 
-def train_variant(cfg, name, rows, searching, log):
-    """One run of a comparison -> its row: trains, and evaluates on validation and, unless it is only
-    searching for a learning rate, on test questions."""
+def train_variant(cfg, name, rows, folder, log):
+    """One run of a comparison -> its row: trains, and evaluates on validation questions; with a folder, it
+    leaves its adapter there and is judged by test questions, too."""
     model, tokenizer, base = train.prepare(cfg)
     stream, validation, _ = train.encode_data(cfg, tokenizer, rows and rows[:2], "validation")
     torch.manual_seed(cfg.seed)
@@ -251,10 +255,9 @@ def train_variant(cfg, name, rows, searching, log):
            "n_experts": cfg.n_experts, "trainable_parameters": n_trained(model),
            "seconds": round(totals["seconds"], 1), "val_loss": train.val_loss(chosen_by),
            "val_accuracy": train.mean_accuracy(chosen_by)}
-    if searching:
+    if not folder:
         return row
     if cfg.method in METHODS:
-        folder = Path(cfg.out_dir) / f"{name}_{cfg.seed}"
         folder.mkdir(exist_ok=True)
         train.write_atomically(folder / "adapter.pt",
                                lambda f: torch.save(train.adapter_content(cfg, base, model), f))
@@ -283,34 +286,72 @@ def judge(cfg, model, tokenizer, rows):
     return row
 
 
-def best_rate(rates, accuracy):
-    """The learning rate of highest accuracy(rate). A best one at the edge says little about the best there
+def best_rate(rates, quality):
+    """The learning rate of highest quality(rate). A best one at the edge says little about the best there
     is, so the next beyond it joins, up to three times."""
     rates = sorted(rates)
     if len(rates) == 1:
         return rates[0]
     for _ in range(3):
-        best = max(rates, key=accuracy)
+        best = max(rates, key=quality)
         if best not in (rates[0], rates[-1]):
             break
         beyond = best ** 2 / (rates[1] if best == rates[0] else rates[-2])
         rates = sorted({*rates, float(f"{beyond:.1g}")})
-    return max(rates, key=accuracy)
+    return max(rates, key=quality)
 
 
-class Cost:
-    """Says what a comparison takes: its steps before it starts, tokens and time when ten have been made."""
+class Runs:
+    """The runs of a comparison: those of out_dir/compare.jsonl, and what they lack, made when asked for.
 
-    def __init__(self, cfg, names, done):
-        searches = len(cfg.learning_rates) if len(cfg.learning_rates) > 1 else 0
-        steps = (searches * cfg.search_steps + len(cfg.seeds) * cfg.steps if cfg.search_steps else
-                 max(0, searches - 1) * cfg.steps + len(cfg.seeds) * cfg.steps) * len(names)
-        had = sum(row["steps"] for row in done.values() if row["variant"] in names)
-        self.left = max(0, steps - had)
+    Says what that takes: steps before they start; tokens and time when ten steps are made.
+    """
+
+    def __init__(self, cfg, possible, base, rows):
+        self.cfg, self.possible, self.rows, self.done, self.left = cfg, possible, rows, {}, 0
+        self.seen = [base, train.digest_of(rows), *(str(len(part)) for part in rows or ())]
+        self.path = Path(cfg.out_dir) / "compare.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        train.lock(self.path.parent.resolve())
+        for number, row in data.read_objects(self.path) if self.path.is_file() else ():
+            if not isinstance(row, dict) or not isinstance(row.get("settings"), str):
+                raise InputError(f"{self.path}, line {number}: not a run of a comparison; move the file away")
+            self.done[row["settings"]] = row
+
+    def settings(self, name, learning_rate, seed, searching):
+        """(the configuration of a run, its hash)."""
+        one = run_config(self.cfg, self.possible[name], learning_rate, seed)
+        one = replace(one, steps=self.cfg.search_steps) if searching else one
+        shaping = {k: v for k, v in asdict(one).items() if k not in SHAPELESS} | {"searching": searching}
+        shaping |= {"variant": name} if name.endswith("_router_x10") else {}     # no setting says so
+        return one, data.digest([*self.seen, json.dumps(shaping, sort_keys=True)])
+
+    def row(self, name, learning_rate, seed, searching=False):
+        """The row of a run."""
+        one, settings = self.settings(name, learning_rate, seed, searching)
+        if settings not in self.done:
+            folder = None if searching else self.path.parent / settings
+            row = train_variant(one, name, self.rows, folder, self.log)
+            self.done[settings] = row | {"settings": settings}
+            lines = "".join(json.dumps(row) + "\n" for row in self.done.values())
+            train.write_atomically(self.path, lambda f: f.write(lines.encode()))
+        return self.done[settings]
+
+    def announce(self, names):
+        """Print how many steps these methods take, and how many of them are there."""
+        cfg, rates = self.cfg, self.cfg.learning_rates
+        search = cfg.search_steps > 0
+        tried = [(rate, cfg.seeds[0], search) for rate in rates if len(rates) > 1]
+        judged = [(rate, seed, False) for rate in rates for seed in cfg.seeds]   # of one of the rates
+        n = len(cfg.seeds) + len(tried) - (not search and len(tried) > 0)
+        steps = len(names) * (n * cfg.steps + search * len(tried) * (cfg.search_steps - cfg.steps))
+        there = {hash: one.steps for name in names for key in (*tried, *judged)
+                 for one, hash in [self.settings(name, *key)] if hash in self.done}
+        self.left = max(0, steps - sum(there.values()))
         print(f"{steps:,} steps of {cfg.batch_size} examples, more where the best learning rate lies at the "
-              f"edge; {had:,} are there")
+              f"edge; {sum(there.values()):,} are there")
 
-    def __call__(self, record):
+    def log(self, record):
         if self.left:
             seconds = record["seconds"] / record["step"]
             tokens = record["tokens_per_second"] * seconds
@@ -321,45 +362,28 @@ class Cost:
 
 def compare(cfg, saved):
     """Every method and seed at the learning rate that validation chose; returns name -> rows of the table."""
-    path, rows = Path(cfg.out_dir) / "compare.jsonl", train.read_data(cfg)
+    rows = train.read_data(cfg)
     if rows:
         rows = (*data.hold_out(rows[0], cfg.val_share, "validation"), rows[1])
     model, _, base = train.prepare(cfg)
     possible = variants(cfg, model.config)
     del model                                    # every run makes its own
-    path.parent.mkdir(parents=True, exist_ok=True)
-    train.lock(path.parent.resolve())
-    done = {}
-    for number, row in data.read_objects(path) if path.is_file() else ():
-        if not isinstance(row, dict) or not isinstance(row.get("settings"), str):
-            raise InputError(f"{path}, line {number}: not a run of a comparison; move the file away")
-        done[row["settings"]] = row
-    seen = [base, train.digest_of(rows), *(str(len(part)) for part in rows or ())]
+    runs, table, first = Runs(cfg, possible, base, rows), {}, cfg.seeds[0]
     names = possible if cfg.methods == ("all",) else cfg.methods
-    cost = Cost(cfg, [name for name in names if name != "none"], done)
+    runs.announce([name for name in names if name != "none"])
 
-    def run(name, learning_rate, seed, searching=False):
-        one = run_config(cfg, possible[name], learning_rate, seed)
-        one = replace(one, steps=cfg.search_steps) if searching else one
-        shaping = {k: v for k, v in asdict(one).items() if k not in SHAPELESS} | {"searching": searching}
-        shaping |= {"variant": name} if name.endswith("_router_x10") else {}     # no setting says so
-        settings = data.digest([*seen, json.dumps(shaping, sort_keys=True)])
-        if settings not in done:
-            done[settings] = train_variant(one, name, rows, searching, cost) | {"settings": settings}
-            lines = "".join(json.dumps(row) + "\n" for row in done.values())
-            train.write_atomically(path, lambda f: f.write(lines.encode()))
-        return done[settings]
-
-    table, first = {}, cfg.seeds[0]
+    def quality(rate):                           # accuracies may be equal early, or all 0
+        row = runs.row(name, rate, first, cfg.search_steps > 0)
+        return row["val_accuracy"], -row["val_loss"] if row["val_loss"] < math.inf else -math.inf
     for name in names:
         if name == "none":                       # the frozen base: nothing to choose and nothing random
-            table[name] = [run(name, cfg.learning_rates[0], first)]
+            table[name] = [runs.row(name, cfg.learning_rates[0], first)]
             continue
-        rate = best_rate(cfg.learning_rates,
-                         lambda rate: run(name, rate, first, cfg.search_steps > 0)["val_accuracy"])
-        table[name] = [run(name, rate, seed) for seed in cfg.seeds]
+        rate = best_rate(cfg.learning_rates, quality)
+        table[name] = [runs.row(name, rate, seed) for seed in cfg.seeds]
         print_comparison(table, cfg.reference)
-    print_details(table, {task: majority(asked) for task, asked in with_options(cfg, rows).items()})
+    asked = with_options(cfg, rows)
+    print_details(table, {task: f"{majority(asked[task]):.3f}" for task in asked})
     if cfg.plot:
         plot_comparison(table, Path(cfg.out_dir))
     return table
@@ -416,19 +440,22 @@ def standard_error(rows, task):
 def print_details(table, simple):
     """Task by task: accuracy with its standard error, that of choosing the likeliest option, and the loss.
     simple: task -> what is right without reading the question, see majority."""
-    tasks, first = list(next(iter(table.values()))[0]["accuracy"]), next(iter(table.values()))[0]
-    width = max(map(len, [*table, "majority"]))
+    tasks, width = list(simple), max(map(len, [*table, "majority"]))
 
-    def block(title, cell, more=()):
-        print(f"\n{title}\n{'':{width}}" + "".join(f"{t[:13]:>14}" for t in tasks))
-        for name, rows in [*more, *table.items()]:
-            print(f"{name:{width}}" + "".join(f"{cell(rows, t):>14}" for t in tasks))
+    def line(name, cells):
+        print(f"{name:{width}}" + "".join(f"{cell:>14}" for cell in cells))
+
+    def block(title, cell):
+        print(f"\n{title}")
+        line("", (t[:13] for t in tasks))
+        for name, rows in table.items():
+            line(name, (cell(rows, t) for t in tasks))
 
     def average(key):
         return lambda rows, t: f"{mean(r[key][t] for r in rows):.3f}" if t in rows[0][key] else "-"
     block("accuracy ± standard error, of the test rows as a sample",
-          lambda rows, t: average("accuracy")(rows, t) + f" ±{standard_error(rows, t):.3f}",
-          [("majority", [first | {"accuracy": simple}])])
+          lambda rows, t: average("accuracy")(rows, t) + f" ±{standard_error(rows, t):.3f}")
+    line("majority", simple.values())
     block(f"accuracy of the likeliest option, of the first {PROBES} test rows", average("choice_accuracy"))
     block("loss, nats per token of the answer", average("loss"))
 
@@ -481,7 +508,7 @@ def plot_usage(path, routed):
     for axes, (name, usage) in zip(figure.subplots(1, len(routed), squeeze=False)[0], routed.items()):
         share = torch.tensor([usage[t] for t in tasks])                              # (tasks, E)
         share = share / share.mean(1, keepdim=True)
-        image = axes.imshow(share, cmap="gray_r", vmin=0, vmax=2, aspect="auto")
+        image = axes.imshow(share.numpy(), cmap="gray_r", vmin=0, vmax=2, aspect="auto")
         for i, e in itertools.product(*map(range, share.shape)):
             axes.text(e, i, f"{share[i, e]:.2f}", ha="center", va="center", size=7,
                       color="white" if share[i, e] > 1.3 else "black")

@@ -61,8 +61,9 @@ def narrow_product(rows, cfg):
 def computed_memory(cfg):
     """MB of a step of TeamLoRA."""
     config = replace(bench.SIZES[cfg.size], num_hidden_layers=cfg.layers)
-    return sum(bench.training_memory(config, cfg.adapter, cfg.max_tokens // cfg.max_length, cfg.max_length,
-                                     train.device_and_dtype(cfg)[1]).values()) / 2 ** 20
+    parts = bench.training_memory(config, cfg.adapter, cfg.max_tokens // cfg.max_length, cfg.max_length,
+                                  train.device_and_dtype(cfg)[1], nf4=cfg.dtype == "nf4")
+    return sum(parts.values()) / 2 ** 20
 
 
 def figures(rows, memory):

@@ -32,8 +32,10 @@ class LlavaConfig(train.Config):
 
     def check(self):
         super().check()
-        if self.method not in METHODS or self.compile or bool(self.data) != bool(self.init_from):
-            raise InputError("a LLaVA takes a --method of adapters, no --compile, --data with --init_from")
+        if (self.method not in METHODS or self.compile or self.dtype == "nf4"
+                or bool(self.data) != bool(self.init_from)):
+            raise InputError("a LLaVA takes a --method of adapters, neither --compile nor --dtype=nf4, and "
+                             "--data with --init_from")
         if not all(map(importlib.util.find_spec, ("transformers", "PIL"))):
             raise InputError("a LLaVA needs two packages more: pip install transformers pillow")
 
