@@ -389,11 +389,14 @@ class NF4(torch.Tensor):
     def of(cls, w, dtype):
         """The NF4 nearest to w (out, in); each 64 numbers, row by row, are scaled by their largest."""
         blocks = F.pad(w.flatten().float(), (0, -w.numel() % 64)).view(-1, 64)       # (N/64, 64)
+        scales = torch.linalg.vector_norm(blocks, math.inf, dim=1).to(torch.bfloat16)
         levels = torch.tensor(NF4_LEVELS, device=w.device)
-        scales = blocks.abs().amax(1).to(torch.bfloat16)
-        unit = blocks / scales.float().clamp(min=1e-30)[:, None]
-        codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()     # 0 to 15
-        codes = codes[:, ::2] << 4 | codes[:, 1::2]
+
+        def coded(blocks, scales):
+            unit = blocks / scales.float().clamp(min=1e-30)[:, None]
+            codes = torch.bucketize(unit, (levels[1:] + levels[:-1]) / 2, out_int32=True).byte()     # 0 to 15
+            return codes[:, ::2] << 4 | codes[:, 1::2]
+        codes = torch.cat(tuple(map(coded, blocks.split(2 ** 12), scales.split(2 ** 12))))   # in small memory
         return cls((codes, scales, torch.cartesian_prod(levels, levels), tuple(w.shape), dtype))
 
     @property

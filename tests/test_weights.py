@@ -319,28 +319,31 @@ class Peak(TorchDispatchMode):  # looks at the memory before and after everythin
         return result
 
 with Peak() as peak:
-    load_llama(sys.argv[2])  # a small one, for what torch imports where it is needed first
+    nf4 = sys.argv[3] == "nf4"
+    load_llama(sys.argv[2], nf4=nf4)  # a small one, for what torch imports where it is needed first
     peak.most = before = own_memory()
-    model = load_llama(sys.argv[1])
+    model = load_llama(sys.argv[1], nf4=nf4)
 print(max(peak.most, own_memory()) - before, *(p.nbytes for p in model.parameters()))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
-@pytest.mark.parametrize("layout", ["safetensors", "bin", "Meta's shards"])
+@pytest.mark.parametrize("layout", ["safetensors", "bin", "Meta's shards", "nf4"])
 def test_loading_holds_the_model_once(tmp_path, layout):
     """Catches files that are read whole, shards or single tensors copied aside, a model built before it is
-    filled."""
+    filled, or before its four bits are made."""
     model = Llama(LlamaConfig(8000, 512, 2048, 2, 8, 8, 64))         # 67 MB, of which the embedding has 16
     if layout == "Meta's shards":
         write_meta(model, tmp_path, 2, 1, {})
     else:
-        write_hub(model, tmp_path, layout, 2, True)
+        write_hub(model, tmp_path, layout.replace("nf4", "safetensors"), 2, True)
     save_llama(tiny("none"), tmp_path / "small")
-    result = subprocess.run([sys.executable, "-c", LOAD, tmp_path, tmp_path / "small"], capture_output=True,
-                            text=True, check=True, cwd=Path(code.__file__).parent)
+    result = subprocess.run([sys.executable, "-c", LOAD, tmp_path, tmp_path / "small", layout], text=True,
+                            capture_output=True, check=True, cwd=Path(code.__file__).parent)
     rise, *sizes = map(int, result.stdout.split())
-    assert 0.95 * sum(sizes) < rise < 1.05 * sum(sizes), f"{rise / sum(sizes):.2f} times the model"
+    aside = 20 * 512 * 2048 if layout == "nf4" else 0    # of one matrix at a time: itself and its codes
+    assert (sum(sizes) < 40e6) == (layout == "nf4")
+    assert 0.95 * sum(sizes) < rise < 1.05 * sum(sizes) + aside, f"{rise / sum(sizes):.2f} times the model"
 
 
 # ---- Rotary settings, and the logits that transformers computes
