@@ -14,7 +14,6 @@ What may surprise:
 - Only shapes matter: token ids are random, and so are the weights without --init_from.
 """
 
-import bisect
 import gc
 import importlib.util
 import itertools
@@ -24,7 +23,7 @@ import os
 import random
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -314,24 +313,22 @@ def training_memory(config, adapter, rows, length,
 
 
 def print_memory(cfg):
-    """training_memory of every size, for 1 to 8 rows of --max_length tokens."""
-    dtype, many = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, (1, 2, 4, 8)
+    """training_memory of every size for 1 to 8 rows of --max_length tokens; of up to 64, how many fit."""
+    dtype, many = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, (1, 2, 4, 8, 16, 32, 64)
     nf4 = cfg.dtype == "nf4"
     base = "nf4" if nf4 else str(dtype)[6:]
     print(f"computed memory of a step, in GB (10^9 bytes), base in {base}; {cfg.method} with E = "
           f"{cfg.n_experts}, r = {cfg.rank} on {','.join(cfg.targets)}\n\n{'tokens in a micro-batch':32}"
-          + "".join(f"{rows * cfg.max_length:8}" for rows in many) + "  most tokens on a card of "
+          + "".join(f"{rows * cfg.max_length:8}" for rows in many[:4]) + "  most tokens on a card of "
           + ", ".join(map(str, CARDS)) + " GB")
     for size, config in SIZES.items():
         for checkpointing in (False, True):
-            @cache
-            def gb(rows):
-                return sum(training_memory(config, cfg.adapter, rows, cfg.max_length, dtype, checkpointing,
-                                           nf4=nf4).values()) / 1e9
-            fit = [bisect.bisect(range(1, 65), card - 1, key=gb) for card in CARDS]
-            print(f"{size + ' --checkpointing' * checkpointing:32}" + "".join(f"{gb(n):8.1f}" for n in many)
-                  + "  " + "".join(f"{'>' * (n == 64)}{n * cfg.max_length:,}".rjust(8) if n else f"{'-':>8}"
-                                   for n in fit))
+            gb = {rows: sum(training_memory(config, cfg.adapter, rows, cfg.max_length, dtype, checkpointing,
+                                            nf4=nf4).values()) / 1e9 for rows in many}
+            fit = [max((rows * cfg.max_length for rows in many if gb[rows] <= card - 1), default="-")
+                   for card in CARDS]
+            print(f"{size + ' --checkpointing' * checkpointing:32}"
+                  + "".join(f"{gb[rows]:8.1f}" for rows in many[:4]) + "  " + "".join(f"{n:>8}" for n in fit))
 
 
 # ---- The benchmark
