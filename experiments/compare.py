@@ -21,6 +21,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -191,10 +192,16 @@ STATISTICS = ("usage_variation", "token_variation", "weight_entropy", "task_info
 
 # ---- The runs
 
+@cache
+def minicme_test():
+    """task -> MiniCME's test rows, more than most comparisons ask."""
+    return data.minicme_held_out("test", 400)
+
+
 def with_options(cfg, rows):
     """task -> [(row, its options)] of the test rows that train.encode_held_out takes. Options are what the
     question ends in, "Options: this; that", or else the task's answers, if they are few; else []."""
-    split = defaultdict(list) if rows else data.minicme_held_out("test", 400)
+    split = defaultdict(list) if rows else minicme_test()
     for row in sorted(rows[2], key=data.place) if rows else ():
         split[row.task].append(row)
     answers = defaultdict(set)
