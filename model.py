@@ -11,6 +11,7 @@ What may surprise:
 - With targets the head runs on supervised positions only and returns a loss for each, never a mean, so that
   micro-batches add up to exactly the loss of their step.
 - Real weights come from Hugging Face or from Meta; both end as Hugging Face's names and rotary layout.
+- With nf4, a projection's weight is a tensor of another class, NF4, which is a matrix only while it is used.
 - There are no buffers: the rotary tables are computed per forward, in fp32, from the config alone.
 
 Letters: B batch, T time, C model width, H heads, D head width, V vocabulary, E experts, r rank of one expert,

@@ -21,7 +21,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean as mean
 
@@ -379,14 +379,18 @@ def compare(cfg, saved):
     names = possible if cfg.methods == ("all",) else cfg.methods
     runs.announce([name for name in names if name != "none"])
 
-    def quality(rate):                           # accuracies may be equal early, or all 0
+    @cache                                       # so each is printed once
+    def quality(name, rate):
         row = runs.row(name, rate, first, cfg.search_steps > 0)
-        return row["val_accuracy"], -row["val_loss"] if row["val_loss"] < math.inf else -math.inf
+        accuracy, loss = row["val_accuracy"], row["val_loss"]
+        print(f"{name} at {rate:g}, {row['steps']} steps: validation accuracy {accuracy:.3f}, "
+              f"loss {loss:.3f}")
+        return accuracy, -loss if loss < math.inf else -math.inf     # accuracies may be equal early, or all 0
     for name in names:
         if name == "none":                       # the frozen base: nothing to choose and nothing random
             table[name] = [runs.row(name, cfg.learning_rates[0], first)]
             continue
-        rate = best_rate(cfg.learning_rates, quality)
+        rate = best_rate(cfg.learning_rates, partial(quality, name))
         table[name] = [runs.row(name, rate, seed) for seed in cfg.seeds]
         print_comparison(table, cfg.reference)
     asked = with_options(cfg, rows)

@@ -515,6 +515,7 @@ def test_a_shorter_search_chooses_the_rate_of_the_long_runs(base, tmp_path, caps
     printed = capsys.readouterr()
     assert "7 steps of 11 examples" in printed.out and "; 0 are there" in printed.out    # 3 x 1 + 2 x 2
     assert "s a step: about" in printed.out + printed.err
+    assert printed.out.count("lora at 0.003, 1 steps: validation accuracy 0.000, loss ") == 1
     rows = [json.loads(line) for line in (tmp_path / "compare.jsonl").read_text().splitlines()]
     searched = [r for r in rows if "accuracy" not in r]
     best = max(searched, key=lambda r: (r["val_accuracy"], -r["val_loss"]))      # all accuracies are 0 yet

@@ -18,6 +18,7 @@ from teamlora import METHODS, AdapterConfig, adapter_parameters
 from test_teamlora import TINY, randomise
 from tests.conftest import files_in, flags_of, load, same, use
 
+
 @pytest.fixture
 def folder(tmp_path):
     """A tiny random Llama on the disk, in bf16; no side of its matrices need be a multiple of 64."""
