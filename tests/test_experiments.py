@@ -300,18 +300,20 @@ def test_computed_memory_is_the_measured_one(checkpointing, dtype, monkeypatch):
 def test_memory_of_real_llamas_is_printed_without_making_one(tmp_path, capsys, monkeypatch):
     """Catches a table that lacks a size, and one that allocates 13 GB for a line of text."""
     monkeypatch.setattr(bench, "SIZES", {name: bench.SIZES[name] for name in ("smollm2-135m", "llama3-8b")})
+    monkeypatch.setattr(bench, "CARDS", tuple(range(2, 70)))
+    n = len(bench.CARDS)
     start(bench.bench, ["--memory", f"--out_dir={tmp_path}/new", "--device=cpu"])
     lines = capsys.readouterr().out.splitlines()[-2 * len(bench.SIZES):]
     assert [line.split()[0] for line in lines] == [name for name in bench.SIZES for _ in range(2)]
     for line, checkpointed in zip(lines[::2], lines[1::2]):
-        gb, less = ([float(x) for x in text.split()[-9:-5]] for text in (line, checkpointed))
+        gb, less = ([float(x) for x in text.split()[-n - 4:-n]] for text in (line, checkpointed))
         assert gb == sorted(gb) and all(a >= b > 0 for a, b in zip(gb, less))
-        tokens, more = ([int(x.replace("-", "0")) for x in text.split()[-5:]]
+        tokens, more = ([int(x.replace("-", "0")) for x in text.split()[-n:]]
                         for text in (line, checkpointed))
         assert tokens == sorted(tokens) and all(a <= b for a, b in zip(tokens, more))
         for gb_of, most in ((gb, tokens), (less, more)):         # what fits is what the first columns say
-            assert all((needed + 1 <= card) == (n * 1024 <= fit) for card, fit in zip(bench.CARDS, most)
-                       for n, needed in zip((1, 2, 4, 8), gb_of) if abs(needed + 1 - card) > 0.1)
+            assert all((needed + 1 <= card) == (rows * 1024 <= fit) for card, fit in zip(bench.CARDS, most)
+                       for rows, needed in zip((1, 2, 4, 8), gb_of) if abs(needed + 1 - card) > 0.1)
     assert not (tmp_path / "new").exists()
 
 
@@ -551,8 +553,9 @@ def test_choice_is_the_likeliest_answer_whole(tokenizer):
     """Catches losses that go to other rows of a micro-batch, an end left out, and a mean for a sum."""
     torch.manual_seed(0)
     model = Llama(replace(TINY, vocab_size=tokenizer.size)).init_weights()
-    rows = [data.Row("a", "What is it?", "x" * n, o) for n, o in (
-        (30, "the old man in the house"), (2, "no"), (9, "yes, it is"), (17, "no"), (900, "no"))]
+    answers = ("the old man in the house", "no", "yes, it is", "a lily")
+    rows = [data.Row("a", "What is it?", "x" * n, answers[n % 4]) for n in (*range(1, 80, 4), *range(40))]
+    rows.append(data.Row("a", "What is it?", "x" * 900, "no"))
     named = [data.Row("b", "Choose.", "Options: yes; the red book", "the red book"),
              data.Row("b", "Choose.", "Options: no; a house; a man", "no")]
     other = [data.Row("c", "Say it.", str(i), str(i)) for i in range(12)]
@@ -562,9 +565,11 @@ def test_choice_is_the_likeliest_answer_whole(tokenizer):
     def loss(row):
         x, y, _ = data.collate([data.to_example(tokenizer, row)])
         return model(x, y)[0].sum().item()
-    expected = {task: sum(min(o, key=lambda option: loss(row._replace(output=option))) == row.output
-                          for row, o in asked[task] if len(row.input) < 900) / n
-                for task, n in (("a", 4), ("b", 2))}
+    expected = {}
+    for task in "ab":
+        few = [(row, o) for row, o in asked[task] if len(row.input) < 900][:compare.PROBES]
+        right = [min(o, key=lambda option: loss(row._replace(output=option))) == row.output for row, o in few]
+        expected[task] = sum(right) / len(few)
     given = compare.choice_accuracy(model, tokenizer, asked, cfg)
     assert given == expected and 0 < sum(expected.values()) < 2
 
