@@ -553,9 +553,9 @@ def test_choice_is_the_likeliest_answer_whole(tokenizer):
     """Catches losses that go to other rows of a micro-batch, an end left out, and a mean for a sum."""
     torch.manual_seed(0)
     model = Llama(replace(TINY, vocab_size=tokenizer.size)).init_weights()
-    answers = ("the old man in the house", "no", "yes, it is", "a lily")
-    rows = [data.Row("a", "What is it?", "x" * n, answers[n % 4]) for n in (*range(1, 80, 4), *range(40))]
-    rows.append(data.Row("a", "What is it?", "x" * 900, "no"))
+    answers = ("yes", "no", "red", "blue", "the old man")
+    rows = [data.Row("a", f"Is it {n * n}?", n % 7 * "x", answers[n % 5]) for n in range(60)]
+    rows += [data.Row("a", f"Is it {n}?", 900 * "x", "no") for n in range(10)]
     named = [data.Row("b", "Choose.", "Options: yes; the red book", "the red book"),
              data.Row("b", "Choose.", "Options: no; a house; a man", "no")]
     other = [data.Row("c", "Say it.", str(i), str(i)) for i in range(12)]
