@@ -1063,9 +1063,10 @@ def main(argv=None, run=None, config=Config):
     except RuntimeError as e:
         if not out_of_memory(e):
             raise
+        resume = "" if run else " and --resume"
         sys.exit(f"error: out of GPU memory ({str(e).partition('. ')[0]}); lower --max_tokens or add "
-                 "--checkpointing; a run that was training continues with the same flags, these changed, and "
-                 "--resume")
+                 "--checkpointing; a run that was training continues with the same flags, these changed"
+                 f"{resume}")
     except KeyboardInterrupt as e:
         if run or given.get("mode", "train") != "train":
             sys.exit("error: interrupted; the same command begins or goes on again")

@@ -9,7 +9,8 @@ seed beside --reference. A run is a line of out_dir/compare.jsonl; the folder th
 "settings" holds its adapter.pt.
 
 What may surprise:
-- A run that is there already, with the same settings, base and rows, is not made again.
+- A run that is there already, with the same settings, base and rows, is not made again; one that was
+  interrupted, while it trained or was judged, goes on from its folder's checkpoint.pt.
 - Where the best learning rate is the smallest or largest tried, the next beyond it is tried too.
 - With --data, validation questions are a share of the training rows; what train.py validates on is the test.
 - Choosing among options and routing to the top experts are measured on the first PROBES test rows of a task.
@@ -247,28 +248,41 @@ def choice_accuracy(model, tokenizer, asked, cfg):
     return result
 
 
-def train_variant(cfg, name, rows, folder, log):
-    """One run of a comparison -> its row: trains, and evaluates on validation questions; with a folder, it
-    leaves its adapter there and is judged by test questions, too."""
-    model, tokenizer, base = train.prepare(cfg)
+def fit(cfg, name, prepared, stream, saved, folder, log):
+    """Train one variant, from what its folder's checkpoint holds if it was interrupted; returns totals."""
+    model, _, base = prepared
+    folder.mkdir(exist_ok=True)
+    optimizer = make_optimizer(model, cfg, name)
+    if saved:
+        train.take_up(cfg, saved, folder.name, optimizer)
+
+    def save(optimizer, totals):
+        content = train.checkpoint_content(cfg, base, model, optimizer, totals) | {
+            "before": {}, "rows": folder.name, "log_bytes": 0}
+        train.write_atomically(folder / "checkpoint.pt", lambda f: torch.save(content, f))
+    with train.held_signals() as stopped:
+        return train.fit(model, train.step_batches(cfg, model, stream), optimizer, cfg, cfg.steps,
+                         name=name, resumed=saved, log=log, save=save, stopped=stopped)
+
+
+def train_variant(cfg, name, rows, folder, searching, log):
+    """One run of a comparison -> its row: trains, leaves its adapter in the folder, and is evaluated on
+    validation questions; unless it is one of a search, test questions judge it, too."""
+    saved = train.read_checkpoint(folder / "checkpoint.pt")
+    model, tokenizer, base = prepared = train.prepare(cfg, saved)
     stream, validation, _ = train.encode_data(cfg, tokenizer, rows and rows[:2], "validation")
-    torch.manual_seed(cfg.seed)
-    totals = {"seconds": 0.0} if cfg.method == "none" else train.fit(
-        model, train.step_batches(cfg, model, stream), make_optimizer(model, cfg, name), cfg, cfg.steps,
-        name=name, log=log)
+    totals = {"seconds": 0.0} if cfg.method == "none" else fit(
+        cfg, name, prepared, stream, saved, folder, log)
+    if cfg.method in METHODS:
+        train.write_atomically(folder / "adapter.pt",
+                               lambda f: torch.save(train.adapter_content(cfg, base, model), f))
     chosen_by = train.evaluate(model, validation, cfg.max_tokens, "validation")
     row = {"method": cfg.method, "variant": name, "seed": cfg.seed,
            "learning_rate": 0.0 if cfg.method == "none" else cfg.learning_rate, "steps": cfg.steps,
            "n_experts": cfg.n_experts, "trainable_parameters": n_trained(model),
            "seconds": round(totals["seconds"], 1), "val_loss": train.val_loss(chosen_by),
            "val_accuracy": train.mean_accuracy(chosen_by)}
-    if not folder:
-        return row
-    if cfg.method in METHODS:
-        folder.mkdir(exist_ok=True)
-        train.write_atomically(folder / "adapter.pt",
-                               lambda f: torch.save(train.adapter_content(cfg, base, model), f))
-    return row | judge(cfg, model, tokenizer, rows)
+    return row if searching else row | judge(cfg, model, tokenizer, rows)
 
 
 def judge(cfg, model, tokenizer, rows):
@@ -337,11 +351,12 @@ class Runs:
         """The row of a run."""
         one, settings = self.settings(name, learning_rate, seed, searching)
         if settings not in self.done:
-            folder = None if searching else self.path.parent / settings
-            row = train_variant(one, name, self.rows, folder, self.log)
+            folder = self.path.parent / settings
+            row = train_variant(one, name, self.rows, folder, searching, self.log)
             self.done[settings] = row | {"settings": settings}
             lines = "".join(json.dumps(row) + "\n" for row in self.done.values())
             train.write_atomically(self.path, lambda f: f.write(lines.encode()))
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
         return self.done[settings]
 
     def announce(self, names):

@@ -38,7 +38,7 @@ from model import Llama, LlamaConfig, load_llama, rotary_tables, rotate
 from teamlora import (METHODS, adapter_layers, adapter_parameters, changed_weights, load_parameters,
                       parameter_state)
 from test_teamlora import TINY, layer_of, randomise, tiny
-from tests.conftest import Code, files_in, flags_of, use
+from tests.conftest import Code, files_in, flags_of, same, use
 
 CONFIGS = {make_base.make_bases: make_base.BaseConfig, bench.bench: bench.BenchConfig,
            compare.compare: compare.CompareConfig, shapley.shapley: shapley.ShapleyConfig,
@@ -597,6 +597,36 @@ def test_compare_judges_by_other_questions_than_it_chooses_by(base, tmp_path, mo
     start(compare.compare, [*flags_of(base, tmp_path), "--steps=1", "--seeds=0", "--methods=lora",
                             "--learning_rates=1e-3"])
     assert len(seen["test"]) > 20 and len(seen["validation"]) > 20 and not seen["test"] & seen["validation"]
+
+
+@pytest.mark.parametrize("variant", ["teamlora", "teamlora_router_x10", "full"])
+def test_a_comparison_that_was_interrupted_loses_no_step(base, tmp_path, monkeypatch, variant):
+    """Catches a run that begins again, or ends otherwise, after a signal in training or in judgement, and a
+    checkpoint that stays."""
+    def flags(out):
+        return [*flags_of(base, tmp_path / out), "--steps=6", "--seeds=0", "--learning_rates=1e-3",
+                f"--methods={variant}", "--dropout=0.1", "--save_every=0"]
+    whole = start(compare.compare, flags("whole"))[variant][0]
+    step, judge, made = train.training_step, compare.judge, []
+
+    def interrupted_at_two(*args):
+        made.append(args)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args)
+
+    def interrupted(*args):
+        monkeypatch.setattr(compare, "judge", judge)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "training_step", interrupted_at_two)
+    monkeypatch.setattr(compare, "judge", interrupted)
+    for steps in (2, 6):
+        with pytest.raises(SystemExit, match="error: interrupted; the same command begins or goes on again"):
+            start(compare.compare, flags("out"))
+        assert len(made) == steps and not (tmp_path / "out" / "compare.jsonl").exists()
+    row = start(compare.compare, flags("out"))[variant][0]
+    assert len(made) == 6 and same(row, whole)
+    assert not [*tmp_path.rglob("*checkpoint.pt")]
 
 
 def test_compare_on_other_rows_is_run_again(base, tmp_path):
