@@ -389,7 +389,8 @@ def test_bench_writes_what_it_promises(light, tmp_path, monkeypatch, capsys):
 
 
 def test_arm_without_enough_memory_is_left_out_and_freed(light, tmp_path, monkeypatch, capsys):
-    """Catches a benchmark that one arm takes down with it, and a memory that this arm keeps."""
+    """Catches a benchmark that one arm takes down with it, a memory that this arm keeps, and a flag named in
+    an error that no experiment has."""
     layers = []
 
     def too_large(layer, *args):
@@ -409,8 +410,9 @@ def test_arm_without_enough_memory_is_left_out_and_freed(light, tmp_path, monkey
     assert [r["name"] for r in rows] == ["frozen base", "lora", "teamlora", "moelora", "hydralora"]
     assert not any(r["looped"] for r in rows) and said.count("does not fit into the GPU's memory") == 3
     monkeypatch.setattr(bench, "bench_model", lambda base, arm, cfg: too_large(base))
-    with pytest.raises(SystemExit, match="out of GPU memory"):   # without the limit there is nothing to say
+    with pytest.raises(SystemExit, match="out of GPU memory") as told:    # without the limit no table
         start(bench.bench, flags)
+    assert "--resume" not in str(told.value)     # which no experiment has
 
 
 # ---- The comparison: is it fair?
