@@ -1,4 +1,4 @@
-"""What a training step costs: TeamLoRA beside the frozen base, LoRA, its rivals, published loops and PEFT.
+"""What a training step costs: TeamLoRA beside the frozen base, LoRA, the baselines, published loops and PEFT.
 
     python -m experiments.bench --layers=6 --max_length=256 --max_tokens=1024 --groups=4 --rounds=15
     python -m experiments.bench --memory --rank=32       computed memory of real Llamas; none of them is made
@@ -9,7 +9,6 @@ gradients of activations, 4 FLOPs per token for each of the base's weights.
 
 What may surprise:
 - A method can come out below the limit, which has gradients that adapters of the first layer do not need.
-- A looped arm is the same layer with the same parameters; its forward alone is the loop that was published.
 - PEFT is timed as its users have it: transformers' Llama, logits of every position, bf16 by autocast.
 - Only shapes matter: token ids are random, and so are the weights without --init_from.
 """
@@ -35,7 +34,7 @@ from tqdm import tqdm
 
 import data
 import train
-from model import MAX_LOGITS, NF4, PROJECTIONS, Llama, LlamaConfig, load_llama, materialise, rotary_tables
+from model import MAX_LOGITS, NF4, PROJECTIONS, Llama, LlamaConfig, load_llama, queued, rotary_tables
 from teamlora import METHODS, InputError, MoELoRALinear, adapter_layers, flag
 
 # the published shapes, for random weights
@@ -52,8 +51,9 @@ HAVE_PEFT = all(importlib.util.find_spec(name) for name in ("peft", "transformer
 
 @dataclass(frozen=True)
 class BenchConfig(train.Config):
-    size: str = flag("smollm2-135m", f"without --init_from: random weights, of {', '.join(SIZES)}",
-                     choices=SIZES)
+    init_from: str = flag("", "folder of a Llama; empty: random weights, of --size")
+    data: str = flag("", "files whose rows lend their lengths; empty: rows of --max_length")
+    size: str = flag("smollm2-135m", "a published shape", choices=SIZES)
     groups: tuple = flag(("2", "4", "8", "spread", "growth"), "what to time: all methods with these numbers "
                          "of experts; the spread over E at one E*r; the growth with tokens, layers, r and E")
     layers: int = flag(0, "use only so many layers; 0: all")
@@ -64,9 +64,9 @@ class BenchConfig(train.Config):
         super().check()
         for g in self.groups:
             if g not in ("spread", "growth") and not (g.isdecimal() and 1 <= int(g) <= 1024):
-                raise InputError(f"--groups takes numbers of experts to 1024, spread and growth, not '{g}'")
-        if self.method == "full":
-            raise InputError("--method=full is no arm of this benchmark, which keeps the base frozen")
+                raise InputError(f"groups takes numbers of experts to 1024, spread and growth, not '{g}'")
+        if self.method not in METHODS:
+            raise InputError(f"method must be one of {', '.join(METHODS)}, not '{self.method}'")
 
 
 # ---- What takes turns
@@ -126,14 +126,15 @@ def bench_batches(cfg, vocab_size, share):
     token). Ids are random, the last quarter of a row is supervised."""
     lengths = [cfg.max_length] * (cfg.max_tokens // cfg.max_length)
     if cfg.data:
-        rows, = data.read_rows(cfg.data)
+        rows = data.read_rows(data.list_files(cfg.data))
         drawn = random.Random(cfg.seed).sample(rows, min(cfg.batch_size, len(rows)))
         lengths = [min(cfg.max_length, 4 + len("".join(row[1:]).encode()) // 4) for row in drawn]
     lengths = lengths[:max(1, round(share * len(lengths)))]
     generator = torch.Generator().manual_seed(cfg.seed)
     examples = [data.Example("bench", torch.randint(vocab_size, (n + 1,), generator=generator).tolist(),
                              n + 1 - max(1, n // 4)) for n in lengths]
-    return [data.collate(b) for b in data.cut(examples, cfg.max_tokens)]
+    longer = 1.25 if train.device_and_dtype(cfg)[0] == "cpu" else math.inf           # as train.step_batches
+    return [data.collate(b) for b in data.micro_batches(examples, cfg.max_tokens, longer)]
 
 
 def bench_base(cfg, device, dtype):
@@ -144,10 +145,9 @@ def bench_base(cfg, device, dtype):
             raise InputError(f"--layers={cfg.layers}, but {cfg.init_from} has only {n} layers")
         return base
     config = SIZES[cfg.size]
-    with torch.device("meta"):
+    with torch.device(device):
         base = Llama(replace(config, num_hidden_layers=cfg.layers or config.num_hidden_layers))
-    materialise(base, device, dtype)
-    base.init_weights()
+    base.to(dtype).init_weights()
     for name, module in base.named_modules() if cfg.dtype == "nf4" else ():
         if name.endswith(PROJECTIONS):
             module.weight = nn.Parameter(NF4.of(module.weight.detach(), dtype), requires_grad=False)
@@ -159,7 +159,7 @@ def peft_model(base, arm, cfg):
     import peft
     import transformers
     c = replace(base.config, num_hidden_layers=arm.layers)
-    config = transformers.LlamaConfig(**asdict(c) | {"eos_token_id": c.eos_token_id[0], "rope_parameters": {
+    config = transformers.LlamaConfig(**asdict(c) | {"eos_token_id": None, "rope_parameters": {
         "rope_type": "default", "rope_theta": c.rope_theta}})
     with torch.device("meta"):
         model = transformers.LlamaForCausalLM(config)
@@ -177,14 +177,16 @@ def bench_model(base, arm, cfg):
     """The model of an arm, on the very weights of the base."""
     if arm.method == "peft":
         return peft_model(base, arm, cfg)
+    adapter = None if arm.method == "none" else replace(
+        cfg.adapter, method=arm.method, rank=arm.rank, n_experts=arm.n_experts)
     with torch.device("meta"):
-        model = Llama(replace(base.config, num_hidden_layers=arm.layers), replace(
-            cfg.adapter, method=arm.method, rank=arm.rank, n_experts=arm.n_experts))
+        model = Llama(replace(base.config, num_hidden_layers=arm.layers), adapter)
     model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
-    materialise(model, base.lm_head.weight.device, base.lm_head.weight.dtype)
     model.checkpointing = cfg.checkpointing
-    for _, layer in adapter_layers(model) if arm.looped else ():
-        layer.forward = partial(published_loop, layer)
+    for _, layer in adapter_layers(model):
+        layer.add_adapter(adapter)
+        if arm.looped:
+            layer.forward = partial(published_loop, layer)
     if arm.method == "none":  # gradients flow down to the embeddings: 4 N, and no parameter gets one
         model.model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
     if cfg.compile:
@@ -197,15 +199,15 @@ def bench_model(base, arm, cfg):
 def bench_runs(model, arm, batches, cfg):
     """Of an arm: a training step and a forward pass, to be called, and the bytes of weights and optimizer."""
     optimizer = train.make_optimizer(model, cfg) if arm.method != "none" else None
-    half = next(model.parameters()).dtype == torch.bfloat16
-    if arm.method == "peft":                     # transformers takes -100 for our -1 and shifts to the left
-        batches = [(x, y.where(y >= 0, -100).roll(1, 1).to(x.device), m) for x, y, m in batches]
+    p = next(model.parameters())
 
     def loss(x, y, m):
         if arm.method != "peft":
-            return model(x, y)[0].mean()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=half):
-            return model(input_ids=x, attention_mask=m.long(), labels=y, use_cache=False).loss
+            return model(queued(x, p.device), y)[0].mean()
+        # transformers takes -100 for our -1 and shifts to the left
+        x, m, y = (queued(t, p.device) for t in (x, m.long(), y.where(y >= 0, -100).roll(1, 1)))
+        with torch.autocast(p.device.type, torch.bfloat16, enabled=p.dtype == torch.bfloat16):
+            return model(input_ids=x, attention_mask=m, labels=y, use_cache=False).loss
 
     def step():
         model.train()
@@ -275,8 +277,7 @@ def training_memory(config, adapter, rows, length,
 
     weights: the frozen base; adapters: with gradients and optimizer; activations: of every layer what
     autograd keeps, traced without storage, or with checkpointing its input; working: the larger of the head's
-    logits and the gradients inside an FFN (with checkpointing also what its layer keeps), and with nf4 one
-    matrix made anew.
+    logits and the gradients inside an FFN (with checkpointing also what its layer keeps), with nf4 a matrix.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept, L, size = {}, config.num_hidden_layers, dtype.itemsize
@@ -316,9 +317,8 @@ def print_memory(cfg):
     """training_memory of every size for 1 to 8 rows of --max_length tokens; of up to 64, how many fit."""
     dtype, many = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, (1, 2, 4, 8, 16, 32, 64)
     nf4 = cfg.dtype == "nf4"
-    base = "nf4" if nf4 else str(dtype)[6:]
-    print(f"computed memory of a step, in GB (10^9 bytes), base in {base}; {cfg.method} with E = "
-          f"{cfg.n_experts}, r = {cfg.rank} on {','.join(cfg.targets)}\n\n{'tokens in a micro-batch':32}"
+    print(f"computed memory of a step, in GB (10^9 bytes), base in {'nf4' if nf4 else dtype}; {cfg.method}, "
+          f"E = {cfg.n_experts}, r = {cfg.rank}, {','.join(cfg.targets)}\n\n{'tokens in a micro-batch':32}"
           + "".join(f"{rows * cfg.max_length:8}" for rows in many[:4]) + "  most tokens on a card of "
           + ", ".join(map(str, CARDS)) + " GB")
     for size, config in SIZES.items():
@@ -340,8 +340,8 @@ def those_that_fit(arms, work):
         gc.collect()                             # a looped layer and its forward hold each other, and memory
         try:
             results[arm] = work(arm)
-        except RuntimeError as e:
-            if arm.method == "none" or not train.out_of_memory(e):
+        except torch.OutOfMemoryError:
+            if arm.method == "none":
                 raise
             print(f"{arm.name}, E = {arm.n_experts}, does not fit into the GPU's memory and is left out")
     return results
@@ -349,9 +349,7 @@ def those_that_fit(arms, work):
 
 def bench_group(group, arms, base, cfg, device, peak):
     """Rows of bench.json for the arms of a group, medians over rounds; peak: see matmul_peak."""
-    batches = {share: [train.to_device(b, torch.device(device))
-                       for b in bench_batches(cfg, base.config.vocab_size, share)]
-               for share in {arm.rows for arm in arms}}
+    batches = {share: bench_batches(cfg, base.config.vocab_size, share) for share in (0.5, 1.0)}
     runs = those_that_fit(arms, lambda arm: bench_runs(
         bench_model(base, arm, cfg), arm, batches[arm.rows], cfg))
     # once all are there, as they will be when they are timed
@@ -393,24 +391,6 @@ def print_bench(rows):
         print(f"spread over E: {max(steps) / min(steps):.3f}")
 
 
-def print_setting(cfg, base, layers, device, dtype, peak):
-    """What is timed where, and what memory a step of --method should take."""
-    batches = bench_batches(cfg, base.config.vocab_size, 1.0)
-    real, padded = (sum(f(m) for *_, m in batches) for f in (lambda m: int(m.sum()), torch.numel))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    base_type = str(dtype)[6:] + ", projections in nf4" * (cfg.dtype == "nf4")
-    print(f"{cfg.init_from or cfg.size}, {layers} layers, {base_type} on {name}; matmul peak "
-          f"{peak / 1e12:.2f} TFLOP/s; a step: {real} tokens in {len(batches)} micro-batches, "
-          f"{1 - real / padded:.1%} padding")
-    if not HAVE_PEFT:
-        print("PEFT's LoRA is left out: for it, pip install peft transformers")
-    largest = max((m.shape for *_, m in batches), key=math.prod)
-    estimate = training_memory(replace(base.config, num_hidden_layers=layers), cfg.adapter, *largest, dtype,
-                               cfg.checkpointing, nf4=cfg.dtype == "nf4")
-    print(f"computed memory of a step of {cfg.method}, in MB: {sum(estimate.values()) / 2 ** 20:,.0f} = "
-          + " + ".join(f"{n / 2 ** 20:,.0f} {name}" for name, n in estimate.items()))
-
-
 def bench(cfg, saved):
     """Time all groups of arms; prints them and writes bench.json. Returns its rows."""
     if cfg.memory:
@@ -418,15 +398,16 @@ def bench(cfg, saved):
     device, dtype = train.device_and_dtype(cfg)
     torch.manual_seed(cfg.seed)
     base = bench_base(cfg, device, dtype)
-    layers, peak = cfg.layers or base.config.num_hidden_layers, matmul_peak(device, dtype)
-    print_setting(cfg, base, layers, device, dtype, peak)
-    rows = []
+    layers, peak, rows = cfg.layers or base.config.num_hidden_layers, matmul_peak(device, dtype), []
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    print(f"{cfg.init_from or cfg.size}, {layers} layers, {dtype}, --dtype={cfg.dtype}; {name}, matmul peak "
+          f"{peak / 1e12:.2f} TFLOP/s" + "; for PEFT's LoRA: pip install peft transformers" * (not HAVE_PEFT))
     for group in cfg.groups:
         rows += (new := bench_group(group, arms_of(group, cfg, layers), base, cfg, device, peak))
         print_bench(new)
-    path, text = Path(cfg.out_dir) / "bench.json", json.dumps(rows, indent=1) + "\n"
+    path = Path(cfg.out_dir) / "bench.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    train.write_atomically(path, lambda f: f.write(text.encode()))
+    train.write_atomically(path, lambda f: f.write((json.dumps(rows, indent=1) + "\n").encode()))
     print(f"\nwrote {path}")
     return rows
 

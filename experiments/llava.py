@@ -4,8 +4,8 @@
     python -m experiments.llava --init_from=llava-1.5-7b-hf --data=rows.json --learning_rate=2e-4
 
 The idea: to train.py it is a Llama. Tokens from PICTURE on stand for the patches of a picture, which only
-`Llava.hidden` looks at. Rows are {"image", "instruction", "output"}, image a path from their file on; all
-rows about one picture are held out, or none. There is no --resume.
+`Llava.hidden` looks at. A file is a list of {"image", "instruction", "output"}, image a path from that file
+on; all rows about one picture are held out, or none. Instead of --resume there is --adapter_from.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ import torch
 import data
 import train
 from model import Llama, fingerprint, read_json
-from teamlora import METHODS, InputError, adapt, flag
+from teamlora import METHODS, InputError, adapt, adapter_parameters, flag, load_parameters, naming
 
 PICTURE = 2 ** 24                                # beyond every vocabulary; PICTURE + i is picture i
 SIDES, COLOURS = {"triangle": 3, "square": 4, "circle": 60}, ("red", "green", "blue", "yellow")
@@ -27,17 +27,19 @@ SIDES, COLOURS = {"triangle": 3, "square": 4, "circle": 60}, ("red", "green", "b
 
 @dataclass(frozen=True)
 class LlavaConfig(train.Config):
-    template: str = flag("USER: <image>\\n{instruction}\\n{input} ASSISTANT:{output}{eos}",
-                         "as in train.py, with <image> where the picture goes; this is LLaVA-1.5's")
+    init_from: str = flag("", "folder of a LLaVA; empty, and so --data: a tiny one is made, with pictures")
+    data: str = flag("", "files of rows with pictures, comma-separated")
+    val_data: str = flag("", "such files to evaluate on; empty: a part of --data")
+    template: str = flag("USER: <image>\\n{instruction}\\n{input} ASSISTANT:{output}{eos}", "LLaVA-1.5's")
+    steps: int = flag(2400, "optimizer steps", least=1)
 
     def check(self):
         super().check()
         if (self.method not in METHODS or self.compile or self.dtype == "nf4"
                 or bool(self.data) != bool(self.init_from)):
-            raise InputError("a LLaVA takes a --method of adapters, neither --compile nor --dtype=nf4, and "
-                             "--data with --init_from")
+            raise InputError("method: adapters only, no --compile, no --dtype=nf4; --data with --init_from")
         if not all(map(importlib.util.find_spec, ("transformers", "PIL"))):
-            raise InputError("a LLaVA needs two packages more: pip install transformers pillow")
+            raise InputError("init_from: a LLaVA needs two packages more: pip install transformers pillow")
 
 
 def make_example(folder, n=4000):
@@ -67,29 +69,23 @@ def make_example(folder, n=4000):
     (folder / "rows.json").write_text(json.dumps(rows, indent=1) + "\n")
 
 
-def read(paths):
-    """[(row, file of its picture)] of instruction files, comma-separated."""
-    rows = []
-    for file in map(Path, paths.split(",")):
-        for number, raw in data.read_objects(file):
-            row = data.read_row(where := f"{file}, row {number}", raw, file.stem)
-            if not (picture := file.parent / str(raw.get("image"))).is_file():
-                raise InputError(f"{where}: 'image' is missing or no file, {picture}")
-            rows += [(row, picture)] * bool(row.output.strip())  # no answer, nothing to learn
-    return rows
-
-
-def encode(tokenizer, cfg, rows, model):
-    """Examples by data.py's rules, with the number of a picture, which model learns, in place of <image>."""
-    examples, numbered = [], [row._replace(task=i) for i, (row, _) in enumerate(rows)]
-    for i, ids, n_prompt in data.to_examples(tokenizer, numbered, cfg.max_length - model.patches + 1, "rows"):
-        if (n := ids.count(model.image)) != 1:
-            raise InputError(f"{rows[i][1]}: <image> is {n} times in --template and row within --max_length")
+def read(paths, encode, model, max_length):
+    """Examples, by data.py's rules, of comma-separated files; <image> becomes the number of a picture."""
+    rows, first = [], len(model.pictures)
+    for file in data.list_files(paths):
+        with naming(file):
+            for number, raw in enumerate(json.loads(file.read_text("utf-8-sig")), 1):
+                with naming(f"row {number}"):
+                    row = {"task": file.stem, "input": ""} | raw
+                    rows.append(data.Row(*(row[key] + "" for key in data.Row._fields)))  # all are text
+                    model.pictures.append((file.parent / row["image"]).resolve(strict=True))
+    numbered = [row._replace(task=i) for i, row in enumerate(rows) if row.output.strip()]
+    for i, ids, n_prompt in data.encode_rows(encode, numbered, max_length - model.patches + 1):
+        if ids.count(model.image) != 1:
+            raise InputError(f"{paths}: <image> must be once in --template, and within --max_length")
         at = ids.index(model.image)
-        ids[at:at + 1] = [PICTURE + len(model.pictures)] * model.patches
-        model.pictures.append(rows[i][1])
-        examples.append(data.Example(rows[i][0].task, ids, n_prompt + model.patches - 1))
-    return examples
+        ids[at:at + 1] = [PICTURE + first + i] * model.patches
+        yield data.Example(rows[i].task, ids, n_prompt + model.patches - 1)
 
 
 class Llava(torch.nn.Module):
@@ -103,11 +99,11 @@ class Llava(torch.nn.Module):
             raise InputError(f"{path}: model_type is not 'llava'")
         device, dtype = train.device_and_dtype(cfg)
         self.llava = Base.from_pretrained(cfg.init_from, dtype=dtype).to(device).requires_grad_(False)
-        adapt(language := self.llava.model.language_model, cfg.targets, cfg.adapter)
+        adapt(self.llava, [f"language_model.*.{target}" for target in cfg.targets], cfg.adapter)
         if cfg.checkpointing:
-            language.gradient_checkpointing_enable({"use_reentrant": False})
+            self.llava.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
         self.processor, self.pictures = AutoImageProcessor.from_pretrained(cfg.init_from), []
-        self.lm_head, self.adapter, config = self.llava.lm_head, cfg.adapter, self.llava.config
+        self.lm_head, config = self.llava.lm_head, self.llava.config
         self.config, self.image, vision = config.text_config, config.image_token_index, config.vision_config
         self.patches = (vision.image_size // vision.patch_size) ** 2
 
@@ -120,31 +116,33 @@ class Llava(torch.nn.Module):
         return self.llava.model(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
 
 
-def llava(cfg, _):
+def llava(cfg, saved):
     """Training on the rows, evaluation before and after, returned; writes log.jsonl and adapter.pt."""
     out = Path(cfg.out_dir)
-    chance = {} if cfg.data else {"shape": 1 / len(SIDES), "colour": 1 / len(COLOURS)}
     torch.manual_seed(cfg.seed)
     if not cfg.init_from:
         make_example(folder := out / "llava")
         cfg = replace(cfg, init_from=str(folder), data=str(folder / "rows.json"))
-    rows, model = read(cfg.data), Llava(cfg)
-    pictures = [data.Row(i, picture.name, "", "") for i, (_, picture) in enumerate(rows)]
-    parts = (rows, read(cfg.val_data)) if cfg.val_data else (
-        [rows[row.task] for row in part] for part in data.hold_out(pictures, cfg.val_share))
-    tokenizer = data.JsonTokenizer(Path(cfg.init_from) / "tokenizer.json", model.config.eos_token_id)
-    tokenizer.use(cfg.template)
-    examples, held_out = (encode(tokenizer, cfg, part, model) for part in parts)
-    split = {task: [e for e in held_out if e.task == task][:cfg.val_examples or None]
-             for task in dict.fromkeys(e.task for e in held_out)}
+    model = Llava(cfg)
+    if saved:
+        load_parameters(adapter_parameters(model.llava), saved["parameters"])
+    encode = data.Encoder(data.Tokenizer(cfg.init_from), cfg.template, model.config.vocab_size,
+                          [model.config.eos_token_id])
+    examples, held_out = ([*read(paths, encode, model, cfg.max_length)] if paths else []
+                          for paths in (cfg.data, cfg.val_data))
+    if not cfg.val_data:                         # all about one picture, or nothing
+        named = [data.Row(e, model.pictures[max(e.ids) - PICTURE].name, "", "") for e in examples]
+        examples, held_out = ([row.task for row in part] for part in data.hold_out(named, cfg.val_share))
+    split = {task: some[:cfg.val_examples or None] for task, some in data.by_task(held_out).items()}
     stream, base = data.shuffled(examples, cfg.seed), fingerprint(model)
     out.mkdir(parents=True, exist_ok=True)
-    train.print_start(cfg, model, tokenizer, stream)
+    train.print_start(cfg, model, encode, stream(0))
     before = train.evaluate(model, split, cfg.max_tokens, "before")
-    train.fit(model, train.step_batches(cfg, model, stream), train.make_optimizer(model, cfg), cfg, cfg.steps,
-              log=train.Log(out / "log.jsonl"), save=lambda *_: train.write_atomically(
-                  out / "adapter.pt", lambda f: torch.save(train.adapter_content(cfg, base, model.llava), f)))
-    train.print_results(results := train.evaluate(model, split, cfg.max_tokens, "after"), chance, before)
+    with open(out / "log.jsonl", "w") as log:
+        train.fit(model, train.step_batches(model, stream, cfg), train.make_optimizer(model, cfg), cfg,
+                  log=lambda record: print(json.dumps(record), file=log, flush=True),
+                  save=lambda totals: train.save_run(out / "adapter.pt", cfg, base, model.llava))
+    train.print_results(results := train.evaluate(model, split, cfg.max_tokens, "after"), before)
     return results
 
 

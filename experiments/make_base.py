@@ -1,16 +1,15 @@
 """How the built-in base was made: a Llama of 0.94 M parameters that reads, copies and looks things up.
 
-    python -m experiments.make_base                  a Llama folder in out/base; 25 minutes on one CPU core,
-                                                     then 5 for the probe; continues if it was killed
-    python -m experiments.make_base --seeds=1,2,3    several in turn, in out/base/1 and so on
+    python -m experiments.make_base              a Llama folder in out/base; 25 minutes on one CPU core, then
+                                                 5 for the probe
+    python -m experiments.make_base --resume     goes on with it if it was stopped or killed
 
 The idea: adapters bring out what a base can do, so the base must be able to do it. It reads plain statements
 about the world of MiniCME, without any instruction, and remembers them. Most tasks also ask for something in
 the text at hand. A model of this size learns such looking up within minutes only with three helps:
 - Lessons, each the ground of the next: copy a list, find in a table what is somebody's, find whose something
-  is, then check claims. Statements come in earnest when that is learned. Whether it is learned was luck after
-  one term (LESSONS: six seeds gave 0.88 to 0.95 below), so there is a second one of the same length, with a
-  learning rate that starts afresh (SECOND_TERM: two of those bases then gave 0.98 and 1.00).
+  is, then check claims. Statements come in earnest when that is learned. After one term (LESSONS) it was luck
+  whether it was. In a second of the same length (SECOND_TERM) the learning rate starts afresh.
 - Start values that look already (start_looking): queries near their keys, so that tokens look for their like,
   and in layer 0 heads that carry over the tokens 1, 2, 3 and 4 places back.
 - Muon for the matrices inside: AdamW alone learns too slowly to copy lists, let alone to look things up.
@@ -18,12 +17,9 @@ the text at hand. A model of this size learns such looking up within minutes onl
 What may surprise:
 - A paragraph that answers a validation or test question of MiniCME is drawn again. Facts alone are not held
   back: the closed-book tasks ask for them.
-- The folder holds bf16. Training is in fp32 and rounded once at the end, before anything is measured.
-- One thread by default: with another number, sums are taken in another order, and the base is another.
+- The folder holds bf16: training is in fp32, and each term ends with rounding.
 - The probe (adapters trained on the finished base) uses validation questions, so that a choice among seeds
   leaves the test questions unseen.
-
-Letters: C width, D head width.
 """
 
 import hashlib
@@ -31,10 +27,8 @@ import json
 import math
 import platform
 import random
-import textwrap
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 
 import sentencepiece
 import torch
@@ -43,19 +37,19 @@ import torch.nn.functional as F
 
 import data
 import train
-from data import (COLOURS, COUNTRIES, GOODS, KIND_OF, LANDS, LIVES, NATURE, OBJECTS, PEOPLE, PLACES, TOWNS,
-                  VERBS, Row, article, claim, claim_sighting, commonsense, coreference, event, knowledge,
-                  other, reading, report, say, scene, sentiment, sighting, split_of, summarisation, tell,
-                  twist)
-from model import Llama, LlamaConfig, read_pickle, rotary_tables, save_llama
-from teamlora import AdapterConfig, InputError, flag, load_parameters, parameter_state
+from experiments.make_minicme import (
+    COLOURS, COUNTRIES, GOODS, KIND_OF, LANDS, LIVES, NATURE, OBJECTS, PEOPLE, PLACES, TOWNS, VERBS, article,
+    claim, claim_sighting, commonsense, coreference, event, knowledge, other, reading, report, say, scene,
+    sentiment, sighting, split_of, summarisation, tell, twist)
+from model import Llama, LlamaConfig, rotary_tables, save_llama
+from teamlora import InputError, flag, load_parameters
 
 
 # ---- The corpus. A kind of paragraph is a function rng -> (text, the questions of MiniCME that it answers).
 # `fullness`, where it occurs: from 0, bare words, up to whole sentences as the tasks have them.
 
 WORDS = PEOPLE + TOWNS + COUNTRIES + PLACES + OBJECTS + COLOURS + GOODS + list(KIND_OF)
-# attribute -> wordings of a statement: {s} is the subject, {a} the answer to data.QUESTIONS
+# attribute -> wordings of a statement: {s} is the subject, {a} the answer to QUESTIONS
 FACTS = {
     "town": "{s} lives in {a}.|The home town of {s} is {a}.|{a} is the home of {s}.|"
             "The town in which {s} lives is {a}.",
@@ -258,7 +252,7 @@ def corpus(seed, lessons=LESSONS):
     def row(i):
         rng = random.Random(f"corpus {seed} {i}")
         share, exercises = next((share, kinds) for end, share, kinds in lessons if i < end)
-        return Row("corpus", "", "", "\n".join(
+        return data.Row("corpus", "", "", "\n".join(
             paragraph(rng, rng.choice(STATEMENTS if rng.random() < share else exercises)) for _ in range(3)))
     return row
 
@@ -280,9 +274,8 @@ def new_llama(vocab_size, layers, width):
     config = LlamaConfig(vocab_size=vocab_size, hidden_size=C, intermediate_size=8 * C // 3 // 16 * 16,
                          num_hidden_layers=layers, num_attention_heads=C // 32, num_key_value_heads=C // 32,
                          head_dim=32, rms_norm_eps=1e-5, rope_theta=100.0, tie_word_embeddings=True,
-                         max_position_embeddings=256)
-    model = Llama(config, AdapterConfig(method="full"))
-    model.init_weights()
+                         max_position_embeddings=256, eos_token_id=(2,))
+    model = Llama(config).init_weights().requires_grad_(True)
     start_looking(model)
     return model
 
@@ -292,7 +285,7 @@ def start_looking(model):
     """Let attention start by looking: everywhere at what resembles the token, and head h of layer 0 at the
     token h + 1 places back, which it carries over into directions of its own, so that later layers can tell
     the distances apart."""
-    C, D = model.config.hidden_size, model.config.head_dim
+    C, D = model.config.hidden_size, model.config.head_dim       # width, head width
     for block in model.model.layers:
         q, k = block.self_attn.q_proj.weight, block.self_attn.k_proj.weight          # (C, C)
         q.copy_(q / 2 + k)
@@ -320,9 +313,9 @@ class MuonAndAdamW:
         for name, p in model.named_parameters():
             inside[p.dim() == 2 and "embed_tokens" not in name].append(p)
         self.parts = (torch.optim.Muon(inside[True], lr=learning_rate, weight_decay=0.1),
-                      torch.optim.AdamW(inside[False], lr=0.15 * learning_rate, betas=(0.9, 0.95),
-                                        weight_decay=0.0, fused=True))
-        self.found_inf = None                    # train sets it: where it is 1, the step is skipped
+                      torch.optim.AdamW([{"params": inside[False], "scale": 0.15}], lr=learning_rate,
+                                        betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+        self.found_inf = None                    # training_step sets it: where it is 1, the step is skipped
 
     @property
     def param_groups(self):
@@ -349,27 +342,23 @@ class MuonAndAdamW:
 
 @dataclass(frozen=True)
 class BaseConfig(train.Config):
-    out_dir: str = flag("out/base", "folder of the base; with --seeds, of folders SEED")
+    out_dir: str = flag("out/base", "folder of the base")
     method: str = flag("full", "full: a base has no adapters")
     steps: int = flag(2800, "optimizer steps of each of the two terms", least=1)
     batch_size: int = flag(12, "texts of the corpus per step", least=1)
-    learning_rate: float = flag(0.02, "peak learning rate of Muon; AdamW takes 0.15 of it")
+    learning_rate: float = flag(0.02, "peak learning rate of Muon; AdamW takes 0.15 of it", least=1e-12)
     seed: int = flag(4, "seed of corpus and start values")
-    seeds: str = flag("", "several seeds in turn, comma-separated; empty: --seed alone")
     layers: int = flag(4, "layers", least=1)
     width: int = flag(128, "width, in heads of 32", least=32)
-    threads: int = flag(1, "CPU threads; another number makes a slightly other base", least=1)
+    threads: int = flag(1, "CPU threads; another number adds in another order: another base", least=1)
     probe_steps: int = flag(1500, "steps of the adapters that probe the base; 0: no probe")
 
     def check(self):
         super().check()
-        for name in ("init_from", "data", "method"):
-            if getattr(self, name) != getattr(BaseConfig, name):
-                raise InputError(f"--{name} has no part in making a base; leave it out")
+        if (self.init_from, self.data, self.method) != (train.Config.init_from, train.Config.data, "full"):
+            raise InputError("init_from, data and method have no part in making a base; leave them out")
         if self.width % 32:
-            raise InputError(f"--width must be a multiple of 32, not {self.width}")
-        if self.seeds and not all(seed.isdecimal() for seed in self.seeds.split(",")):
-            raise InputError(f"--seeds must be whole numbers, comma-separated, not '{self.seeds}'")
+            raise InputError(f"width must be a multiple of 32, not {self.width}")
 
 
 def terms(seed):
@@ -380,45 +369,48 @@ def terms(seed):
 def recipe_of(cfg):
     """All that decides about a base, as lines of JSON; the corpus stands there by its hash."""
     names = "seed steps batch_size learning_rate warmup clip max_tokens layers width threads".split()
-    recipe = {name: getattr(cfg, name) for name in names}
-    recipe["corpus"] = data.digest(stream(i).output for stream in terms(cfg.seed)
-                                   for i in range(0, 2 * N_LESSONS, 100))
-    return textwrap.indent(json.dumps(recipe, indent=1), "    ")
+    texts = (stream(i).output for stream in terms(cfg.seed) for i in range(0, 2 * N_LESSONS, 100))
+    corpus = hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
+    recipe = {name: getattr(cfg, name) for name in names} | {"corpus": corpus}
+    return "    " + json.dumps(recipe, indent=1).replace("\n", "\n    ")
 
 
-def make(cfg, recipe):
-    """Train a base and write it to out_dir; returns the seconds it took. Continues from making.pt."""
-    folder = Path(cfg.out_dir)
-    checkpoint, streams = folder / "making.pt", terms(cfg.seed)
-    saved = read_pickle(checkpoint) if checkpoint.is_file() else None
-    if saved and saved["recipe"] != recipe:
-        raise InputError(f"{checkpoint} is of another recipe; delete it, or choose another --out_dir")
+def cheapest_micro_batches(examples, max_tokens, overhead=32):
+    """A step's micro-batches of the least cost: padded tokens, and `overhead` more for starting each. Not
+    data.micro_batches, which splits otherwise: sums in another order would make another base."""
+    examples = sorted(examples, key=lambda e: len(e.ids))
+    best = [(0, 0, [])]                          # for the first 0, 1, .. of them: cost, and where each starts
+    for stop, e in enumerate(examples, 1):
+        n = data.padded_length(len(e.ids))
+        best.append(min((best[start][0] + (stop - start) * n + overhead, start, [*best[start][2], start])
+                        for start in range(max(0, stop - max_tokens // n), stop)))
+    starts = best[-1][2]
+    return [examples[start:stop] for start, stop in zip(starts, [*starts[1:], None])]
+
+
+def make(cfg, saved, recipe):
+    """Train a base, from a checkpoint on if one is given, and write it to out_dir; returns the seconds."""
+    folder, streams, n = Path(cfg.out_dir), terms(cfg.seed), cfg.batch_size
     if not saved:
-        with train.held_signals() as stopped:    # sentencepiece makes its own error of KeyboardInterrupt
-            make_tokenizer(folder / "tokenizer.model", map(streams[0], range(N_LESSONS, N_LESSONS + 5000)))
-        if stopped:
-            raise KeyboardInterrupt
-    tokenizer = data.Tokenizer(folder / "tokenizer.model")
+        make_tokenizer(folder / "tokenizer.model", map(streams[0], range(N_LESSONS, N_LESSONS + 5000)))
+    tokenizer = data.Tokenizer(folder)
+    encode = data.Encoder(tokenizer, cfg.template, len(tokenizer.names))
     torch.manual_seed(cfg.seed)
-    model = new_llama(tokenizer.size, cfg.layers, cfg.width).to(train.device_and_dtype(cfg)[0])
-    print(f"base: {sum(p.numel() for p in model.parameters()):,} parameters, {tokenizer.size} pieces, seed "
-          f"{cfg.seed}" + (f", continuing after step {saved['totals']['step']}" if saved else ""))
-    if saved:
-        load_parameters(train.trained(model), saved["parameters"])
-    seconds = saved["seconds"] if saved else 0.0
-    for term in range(saved["term"] if saved else 0, len(streams)):
-        def save(optimizer, totals):
-            content = {"recipe": recipe, "parameters": parameter_state(train.trained(model)), "term": term,
-                       "seconds": seconds, "optimizer": optimizer.state_dict(), "totals": totals}
-            train.write_atomically(checkpoint, lambda f: torch.save(content, f))
+    model = new_llama(len(tokenizer.names), cfg.layers, cfg.width).to(train.device_and_dtype(cfg)[0])
+    first, seconds = (saved["term"], saved["seconds"]) if saved else (0, 0.0)
+    for term in range(first, len(streams)):
+        def step_batches(step):
+            examples = [encode(streams[term](i)) for i in range(step * n, (step + 1) * n)]
+            return list(map(data.collate, cheapest_micro_batches(examples, cfg.max_tokens)))
 
-        batches = train.step_batches(cfg, model, lambda i: data.to_example(tokenizer, streams[term](i)))
+        def save(totals):
+            train.save_run(folder / "checkpoint.pt", cfg, "", model, optimizer=optimizer.state_dict(),
+                           totals=totals, term=term, seconds=seconds, recipe=recipe)
         optimizer = MuonAndAdamW(model, cfg.learning_rate)
         if saved:
+            load_parameters(dict(model.named_parameters()), saved["parameters"])
             optimizer.load_state_dict(saved["optimizer"])
-        with train.held_signals() as stopped:
-            totals = train.fit(model, batches, optimizer, cfg, cfg.steps,
-                               name=f"term {term + 1}", resumed=saved, save=save, stopped=stopped)
+        totals = train.fit(model, step_batches, optimizer, cfg, saved and saved["totals"], save=save)
         saved, seconds = None, seconds + totals["seconds"]
         model.to(torch.bfloat16).float()         # as it will be stored, also between the terms
     save_llama(model.to(torch.bfloat16), folder)
@@ -427,68 +419,50 @@ def make(cfg, recipe):
 
 def probe(cfg):
     """task -> accuracy on validation questions after the training of `python train.py` on this base."""
-    own = train.Config(init_from=cfg.out_dir, out_dir=cfg.out_dir, steps=cfg.probe_steps, dtype="float32",
-                       device=cfg.device, val_examples=cfg.val_examples)
-    model, tokenizer, _ = train.prepare(own)
-    stream, split, _ = train.encode_data(own, tokenizer, None, "validation")
-    train.fit(model, train.step_batches(own, model, stream), train.make_optimizer(model, own), own, own.steps,
-              name="probe")
-    return {task: r["accuracy"] for task, r in train.evaluate(model, split, own.max_tokens).items()}
+    out = Path(cfg.out_dir) / "probe"
+    summary = train.run_train(*train.compose({
+        "init_from": cfg.out_dir, "out_dir": str(out), "steps": cfg.probe_steps, "device": cfg.device,
+        "dtype": "float32", "val_data": f"{train.ASSETS}/minicme/validation.jsonl",
+        "val_examples": cfg.val_examples, "resume": (out / "checkpoint.pt").is_file()}))
+    return summary["accuracy"] | {"mean": summary["mean_accuracy"]}
 
 
-README = """# The built-in base
+def make_base(cfg, saved):
+    """Make a base, probe it, and describe it in its README, which is written last."""
+    torch.set_num_threads(cfg.threads)
+    torch.set_float32_matmul_precision("highest")        # no TF32: no base depends on a GPU's rounding
+    folder, recipe = Path(cfg.out_dir), recipe_of(cfg)
+    checkpoint, readme = folder / "checkpoint.pt", folder / "README.md"
+    folder.mkdir(parents=True, exist_ok=True)
+    if saved and saved.get("recipe") != recipe:
+        raise InputError(f"{checkpoint} is of another recipe; leave flags out, or choose another --out_dir")
+    if not saved and (checkpoint.is_file() or readme.is_file()):
+        raise InputError(f"{folder} holds a base: --resume it if it is unfinished, or take another --out_dir")
+    seconds = make(cfg, saved, recipe)
+    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+    probed = probe(cfg) if cfg.probe_steps else {}
+    accuracy = "\n".join(f"    {task:15}{a:.3f}" for task, a in probed.items()) or "    none"
+    text = f"""# The built-in base
 
 Made by `python -m experiments.make_base`, which tells how and why; nothing was downloaded. Recipe:
 
 {recipe}
 
-Trained in fp32 for {seconds:.0f} s, then rounded to bf16, with Python {python}, torch {torch} and
-sentencepiece {sentencepiece} on {device}. SHA-256 of model.safetensors:
+Trained in fp32 for {seconds:.0f} s, then rounded to bf16, with {versions} and
+sentencepiece {sentencepiece.__version__} on {train.device_and_dtype(cfg)[0]}. SHA-256 of model.safetensors:
 
     {sha256}
 
-Accuracy on MiniCME's validation questions, up to {val_examples} a task, after {probe_steps} steps of TeamLoRA
-with train.py's defaults on this base:
+Accuracy on MiniCME's validation questions, up to {cfg.val_examples} a task, after {cfg.probe_steps} steps of
+TeamLoRA with train.py's defaults on this base:
 
 {accuracy}
 """
-
-
-def write_readme(cfg, recipe, seconds, accuracy):
-    folder = Path(cfg.out_dir)
-    text = README.format(
-        recipe=recipe, seconds=seconds, python=platform.python_version(), torch=torch.__version__,
-        sentencepiece=sentencepiece.__version__, device=train.device_and_dtype(cfg)[0],
-        sha256=hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-        val_examples=cfg.val_examples, probe_steps=cfg.probe_steps,
-        accuracy="\n".join(f"    {task:15}{a:.3f}" for task, a in accuracy.items()) or "    none")
-    train.write_atomically(folder / "README.md", lambda f: f.write(text.encode()))
-
-
-def make_bases(cfg, saved):
-    """Make and probe a base, or one for every seed; prints a line for each."""
-    torch.set_num_threads(cfg.threads)
-    torch.set_float32_matmul_precision("highest")        # no TF32: no base depends on a GPU's rounding
-    configs = [cfg]
-    if cfg.seeds:
-        configs = [replace(cfg, seed=int(s), out_dir=f"{cfg.out_dir}/{s}") for s in cfg.seeds.split(",")]
-    for one in configs:
-        folder, recipe = Path(one.out_dir), recipe_of(one)
-        folder.mkdir(parents=True, exist_ok=True)
-        train.lock(folder.resolve())
-        if (readme := folder / "README.md").is_file():           # it is written last
-            if recipe not in readme.read_text():
-                raise InputError(f"{folder} holds a base of another recipe; choose another --out_dir")
-            print(f"seed {one.seed}: made before, see {readme}")
-            continue
-        seconds = make(one, recipe)
-        accuracy = probe(one) if one.probe_steps else {}
-        if accuracy:
-            accuracy |= {"mean": fmean(accuracy.values())}
-        write_readme(one, recipe, seconds, accuracy)
-        (folder / "making.pt").unlink()
-        print(f"seed {one.seed}: " + "  ".join(f"{task[:7]} {a:.3f}" for task, a in accuracy.items()))
+    train.write_atomically(readme, lambda f: f.write(text.encode()))
+    checkpoint.unlink()
+    print(f"\n{text}\nwrote {folder}")
 
 
 if __name__ == "__main__":
-    train.main(run=make_bases, config=BaseConfig)
+    train.main(run=make_base, config=BaseConfig)

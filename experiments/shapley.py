@@ -8,7 +8,7 @@ average over all orders in which experts can join (Shapley, 1953), here exact, f
 paper calls the router's softmax Shapley values; this compares the two.
 
 What may surprise:
-- Settings come from adapter.pt, as with train.py --mode=eval; a path in it is not followed but said again.
+- Settings come from adapter.pt, as with train.py --mode=eval, whose questions are asked here too.
 - An evaluation per coalition: 16 with four experts, 256 with eight; more are refused.
 - The values of a task sum to what all experts together gain over the frozen base.
 """
@@ -22,22 +22,23 @@ from statistics import fmean as mean
 
 import torch
 
+import data
 import train
 from teamlora import METHODS, InputError, adapter_layers, changed_weights, flag, mean_usage
 
 
 @dataclass(frozen=True)
 class ShapleyConfig(train.Config):
-    mode: str = flag("eval", "what is read from out_dir: adapter.pt")
-    plot: bool = flag(False, "draw usage.png and shapley.png into out_dir, with matplotlib")
+    mode: str = flag("eval", "how out_dir is read: as with train.py --mode=eval", choices=("eval",))
+    plot: bool = flag(False, "draw usage.png into out_dir: mean weights by task and layer, with matplotlib")
 
     def check(self):
         super().check()
         if self.method not in METHODS or not 2 <= self.n_experts <= 8:
-            raise InputError("Shapley values need an adapter with 2 to 8 experts; the one of "
-                             f"--out_dir={self.out_dir} has method={self.method}, n_experts={self.n_experts}")
+            raise InputError(f"out_dir={self.out_dir} must hold an adapter with 2 to 8 experts, not one of "
+                             f"--method={self.method}, --n_experts={self.n_experts}")
         if self.plot and not importlib.util.find_spec("matplotlib"):
-            raise InputError("--plot needs matplotlib: pip install matplotlib")
+            raise InputError("plot needs matplotlib: pip install matplotlib")
 
 
 # ---- Which experts take part: changes for changed_weights
@@ -119,9 +120,11 @@ def evaluate_coalitions(model, split, cfg):
 
 def shapley(cfg, saved):
     """What every expert is worth by task, and whether its router knows; writes out_dir/shapley.json."""
-    rows = train.read_data(cfg)
-    model, tokenizer, _ = train.prepare(cfg, saved)
-    _, split, _ = train.encode_data(cfg, tokenizer, rows)
+    _, rows = train.read_data(cfg)
+    if not rows:
+        raise InputError("there is nothing to evaluate on: give --val_data, or a --val_share above 0")
+    model, encode, _ = train.prepare(cfg, saved)
+    split = data.by_task(data.encode_rows(encode, rows, cfg.max_length))
     value, weights = evaluate_coalitions(model, split, cfg)
     usage = weights.mean(1)                                                          # (tasks, E)
     worth = {key: shapley_values(v).T for key, v in value.items()}                   # (tasks, E)
@@ -138,9 +141,8 @@ def shapley(cfg, saved):
     text = json.dumps(result, default=torch.Tensor.tolist, indent=1, allow_nan=False) + "\n"
     train.write_atomically(Path(cfg.out_dir) / "shapley.json", lambda f: f.write(text.encode()))
     print_shapley(result)
-    print_layers(result["tasks"], weights)
     if cfg.plot:
-        plot_experts(result, weights, Path(cfg.out_dir))
+        plot_usage(result["tasks"], weights, Path(cfg.out_dir) / "usage.png")
     return result
 
 
@@ -167,20 +169,10 @@ def print_shapley(result):
               f"rank correlation {result['interaction_correlation']:+.2f} over {E * (E - 1) // 2} pairs")
 
 
-def print_layers(tasks, weights):
-    """Mean weight of every expert by task (lines) and adapted layer (groups of E), as shades."""
-    low, high, width = weights.min().item(), weights.max().item(), max(map(len, tasks)) + 2
-    print(f"\nmean weight by layer, from {low:.2f} (blank) to {high:.2f} (full)")
-    for task, layers in zip(tasks, weights.tolist()):
-        shades = ("".join(train.shade(w, low, high) for w in layer) for layer in layers)
-        print(f"{task:{width}}" + " ".join(shades))
-
-
-def plot_experts(result, weights, out):
-    """usage.png: each expert's mean weight by task and layer; shapley.png: Shapley value over mean weight."""
+def plot_usage(tasks, weights, path):
+    """A picture of the mean weights (tasks, L, E)."""
     from matplotlib.figure import Figure
-    (_, L, E), tasks = weights.shape, result["tasks"]
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
+    (_, L, E), figure = weights.shape, Figure(figsize=(10, 3.5), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(weights.flatten(1), cmap="gray_r", aspect="auto", interpolation="nearest")
     axes.set_yticks(range(len(tasks)), tasks)
@@ -188,17 +180,7 @@ def plot_experts(result, weights, out):
     axes.grid(axis="x", color="black", linewidth=0.5)
     axes.set_xlabel("adapted layer, one column per expert")
     figure.colorbar(image, label="mean weight")
-    figure.savefig(out / "usage.png", dpi=120)
-
-    figure = Figure(figsize=(5, 4), layout="constrained")
-    axes = figure.subplots()
-    for e, marker in zip(range(E), "o^sxD+v*"):
-        axes.plot(result["usage"][:, e], result["shapley"]["loss"][:, e], "k" + marker, fillstyle="none",
-                  label=f"expert {e}")
-    axes.set_xlabel("mean weight of the router")
-    axes.set_ylabel("Shapley value (nats of loss saved)")
-    axes.legend()
-    figure.savefig(out / "shapley.png", dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":
