@@ -2,15 +2,14 @@
 
     with pretended_gpu() as gpu:
         train.main(["--device=cuda"])
-    gpu.waits                     what the host would have waited for, in order
-    gpu.kernels                   how often each kernel was launched
+    gpu.waits, gpu.kernels        what the host would have waited for, in order; how often each kernel started
 
-The idea: each operation comes by `GPU.launch`. It refuses operands on two devices as CUDA does, notes what
-the host must wait for, and has the CPU compute the numbers.
+The idea: each operation comes by GPU.__torch_dispatch__. It refuses operands on two devices as CUDA does,
+notes what the host must wait for, and has the CPU compute the numbers.
 
 What it cannot see: which kernel a real GPU would choose, time, memory, torch.compile, nccl, `t.data = x`, and
-queued copies whose source changes too early. C++ that asks for a tensor's device is told "meta", for only a
-build for CUDA can go on with "cuda": one kernel there (attention, norms, dropout) falls into its parts here.
+queued copies whose source changes too early. C++ that asks for a tensor's device is told "meta"; only a build
+for CUDA can go on with "cuda". So one kernel there (attention, norms, dropout) falls into its parts here.
 """
 
 import collections
@@ -20,14 +19,12 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-aten, CUDA, Tensor = torch.ops.aten, torch.device("cuda", 0), torch.Tensor
+CUDA, Tensor = torch.device("cuda", 0), torch.Tensor
 TOLD = torch.device("meta", 1)                   # which C++ repeats where it makes a tensor beside another
-COPIES = (aten._to_copy.default, aten.copy_.default)
-INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 # the host must know their value or their size
-WAITS = {getattr(aten, name).default for name in ("_local_scalar_dense", "nonzero", "masked_select", "equal",
-                                                  "_unique2", "bincount", "multinomial")}
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "bincount", "multinomial"}
 NO_KERNEL = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view"}
 
 
@@ -50,6 +47,9 @@ class OnGPU(Tensor):
             return NotImplemented
         raise RuntimeError(f"{func} of a tensor whose pretended GPU is gone")
 
+    def data_ptr(self):                          # tells tied weights
+        return self.host.data_ptr()
+
     def __reduce_ex__(self, protocol):           # torch.save; a real file would say "cuda:0"
         return self.detach().host.__reduce_ex__(protocol)
 
@@ -57,13 +57,6 @@ class OnGPU(Tensor):
 def foreign(kind):
     """Whether a class of tensors has operations of its own, as a matrix in four bits has."""
     return not issubclass(kind, OnGPU) and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def mapped(function, tree):
-    """The tree of lists and tuples with every tensor replaced by function(it)."""
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(mapped(function, t) for t in tree)
-    return function(tree) if isinstance(tree, Tensor) else tree
 
 
 class GPU(TorchDispatchMode):
@@ -74,41 +67,38 @@ class GPU(TorchDispatchMode):
         self.waits, self.kernels = [], collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        return self.launch(func, args, kwargs or {})
-
-    def launch(self, func, args, kwargs):
         """The result of an operation; with it the one place where numbers change the device."""
+        kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:
             return TOLD
-        values = [v for a in (*args, *kwargs.values()) for v in (a if isinstance(a, (list, tuple)) else (a,))]
-        if any(isinstance(v, Tensor) and foreign(type(v)) for v in values):
+        tensors = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor)]
+        if any(foreign(type(t)) for t in tensors):
             return NotImplemented                # it comes apart into tensors, with which it comes again
-        own = {id(v.host): v for v in values if isinstance(v, OnGPU)}
+        own = {id(t.host): t for t in tensors if isinstance(t, OnGPU)}       # which may be changed in place
         target = torch.device(kwargs["device"]) if kwargs.get("device") else None
         target = "cuda" if target == TOLD else target and target.type
         if not own and target != "cuda":
             return func(*args, **kwargs)
-        self.note(func, args, kwargs, values, target)
-        args, kwargs = mapped(lambda t: getattr(t, "host", t), (args, [*kwargs.items()]))
-        result = func(*args, **dict(kwargs) | ({"device": "cpu"} if target else {}))
+        self.note(func, args, kwargs, tensors, target)
+        args, kwargs = tree_map_only(Tensor, lambda t: getattr(t, "host", t), (args, kwargs))
+        result = func(*args, **kwargs | ({"device": "cpu"} if target else {}))
         if target == "cpu":
             return result
-        return mapped(lambda t: own[id(t)] if id(t) in own else OnGPU(t), result)  # own: it worked in place
+        return tree_map_only(Tensor, lambda t: own[id(t)] if id(t) in own else OnGPU(t), result)
 
-    def note(self, func, args, kwargs, values, target):
+    def note(self, func, args, kwargs, operands, target):
         """Count func, and note what the host waits for. RuntimeError if it mixes devices."""
-        operands = [v for v in values if isinstance(v, Tensor)]
-        if func in COPIES:
-            copied, to = args[func is COPIES[1]], target or args[0].device.type
+        if func._opname in ("_to_copy", "copy_"):
+            copied, to = args[func._opname == "copy_"], target or args[0].device.type
             queued = to == "cuda" and kwargs.get("non_blocking") and hasattr(copied, "pinned")
             if to != copied.device.type and not queued:
                 self.waits.append(f"copy of {tuple(copied.shape)} to {to}")
             operands = []
-        elif func in INDEXED:
+        elif func._opname in ("index", "index_put", "index_put_"):
             self.waits += [f"index of {i.dtype} on {i.device.type}" for i in args[1] if i is not None
                            and (not isinstance(i, OnGPU) or i.dtype == torch.bool)]
             operands = [args[0], *args[2:3]]
-        elif func in WAITS:
+        elif func._opname in WAITS:
             self.waits.append(func._opname)
         apart = [t for t in operands if not isinstance(t, OnGPU)
                  and not (t.dim() == 0 and torch.Tag.pointwise in func.tags)]
@@ -121,21 +111,19 @@ class GPU(TorchDispatchMode):
 
 class Generator(torch.Generator):
     """A random generator that says where it is."""
-
     def __new__(cls, device="cpu"):
         generator = super().__new__(cls)
         generator.on = torch.device(device).type
         return generator
 
 
-def pinned(t):
-    t = t.clone()
-    t.pinned = True
-    return t
-
-
 class Python(TorchFunctionMode):
     """What C++ would ask CUDA before any operation."""
+
+    def pinned(t):
+        t = t.clone()
+        t.pinned = True
+        return t
     INSTEAD = {Tensor.pin_memory: pinned, Tensor.tolist: lambda t: t.detach().cpu().tolist()}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -152,14 +140,11 @@ class Python(TorchFunctionMode):
 @contextlib.contextmanager
 def pretended_gpu():
     """Inside this block torch finds one GPU; yields it."""
-    answers = {"is_available": True, "is_initialized": True, "get_device_name": "a pretended GPU",
-               "max_memory_allocated": 0}
-    lifted = torch._C._only_lift_cpu_tensors()
-    with contextlib.ExitStack() as stack:
-        for name, value in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *args, value=value: value))
-        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
-        stack.enter_context(Python())
-        stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
+    with (mock.patch.multiple(torch.cuda, is_available=lambda: True, is_initialized=lambda: True,
+                              get_device_name=lambda: "a pretended GPU"),
+          mock.patch.object(torch, "Generator", Generator), Python(), GPU() as gpu):
         torch._C._set_only_lift_cpu_tensors(True)        # torch.tensor is made on the CPU, then copied
-        yield stack.enter_context(GPU())
+        try:
+            yield gpu
+        finally:
+            torch._C._set_only_lift_cpu_tensors(False)
