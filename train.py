@@ -123,7 +123,7 @@ def parse_flags(argv, config=Config):
 
 
 # what makes an adapter what it is; and what belongs to a call, so that no file remembers it
-OF_ADAPTER = ("method", "rank", "n_experts", "alpha", "targets", "template")
+OF_ADAPTER = ("template", *(f.name for f in fields(AdapterConfig) if f.name != "dropout"))
 OF_CALL = ("mode", "out_dir", "adapter_from", "device", "resume", "prompt", "temperature")
 
 
@@ -142,7 +142,8 @@ def compose(given, config=Config):
         saved = read_adapter(path)
         with naming(path):
             config(**(theirs := defaults | saved["config"]))     # or an error, if it is of another version
-            if wrong := [k for k in OF_ADAPTER if k in given and given[k] != theirs[k]]:
+            fixed = OF_ADAPTER if fresh else (*OF_ADAPTER, "val_share")      # or trained rows are judged
+            if wrong := [k for k in fixed if k in given and given[k] != theirs[k]]:
                 raise InputError(f"it was made with --{wrong[0]}={theirs[wrong[0]]}")
         from_file = {k: theirs[k] for k in OF_ADAPTER} if fresh else theirs
     given = ({"val_data": ""} if "data" in given and "val_data" not in from_file else {}) | given
@@ -226,8 +227,7 @@ def training_step(model, batches, optimizer, clip=1.0, balance=0.0):
     optimizer.found_inf = bad.float()            # where it is 1, fused AdamW does nothing, and nobody waits
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "gradient_norm": norm, "bad": bad, "supervised_tokens": supervised,
-            "tokens": tokens}
+    return dict(loss=loss, gradient_norm=norm, bad=bad, supervised_tokens=supervised, tokens=tokens)
 
 
 # ---- The loop around it: when to log, to save, to stop
@@ -467,7 +467,7 @@ def run_train(cfg, saved, make_optimizer=make_optimizer):
 
     def log(record):
         lines.append(json.dumps(record) + "\n")
-        with open(out / "log.jsonl", "a") as f:
+        with naming(out / "log.jsonl"), open(out / "log.jsonl", "a") as f:
             f.write(lines[-1])
 
     def save(totals):
@@ -502,8 +502,8 @@ def run_eval(cfg, saved):
 
 
 def run_sample(cfg, saved):
-    """Answer --prompt, or every line of the input until it ends; the bare base continues it, unless it has a
-    template. Text is printed once it is whole: a letter may span tokens."""
+    """Answer --prompt, or every line of the input until it ends; the bare base continues it, without a
+    --template. Text is printed once it is whole: a letter may span tokens."""
     if not cfg.prompt and not sys.stdin:
         raise InputError("there is no input to read questions from; give --prompt")
     model, encode, _ = prepare(cfg, saved)
@@ -513,7 +513,7 @@ def run_sample(cfg, saved):
     for text in filter(None, map(str.strip, [cfg.prompt] if cfg.prompt else sys.stdin)):
         text = text.encode(errors="replace").decode()
         row = data.Row("", "", "", text) if bare else data.Row("", text, "", "")
-        example, = data.encode_rows(encode, [row], cfg.max_length)
+        example = encode(row)
         prompt = torch.tensor([example.ids[:-1] if bare else example.ids[:example.n_prompt]], device=device)
         ids, shown, generator = [], 0, torch.Generator(device).manual_seed(cfg.seed)
         for new in model.eval().generate(prompt, cfg.max_length, cfg.temperature, generator=generator):

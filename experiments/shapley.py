@@ -121,10 +121,9 @@ def evaluate_coalitions(model, split, cfg):
 def shapley(cfg, saved):
     """What every expert is worth by task, and whether its router knows; writes out_dir/shapley.json."""
     _, rows = train.read_data(cfg)
-    if not rows:
-        raise InputError("there is nothing to evaluate on: give --val_data, or a --val_share above 0")
     model, encode, _ = train.prepare(cfg, saved)
-    split = data.by_task(data.encode_rows(encode, rows, cfg.max_length))
+    if not (split := data.by_task(data.encode_rows(encode, rows, cfg.max_length))):
+        raise InputError("there is nothing to evaluate on: give --val_data")
     value, weights = evaluate_coalitions(model, split, cfg)
     usage = weights.mean(1)                                                          # (tasks, E)
     worth = {key: shapley_values(v).T for key, v in value.items()}                   # (tasks, E)

@@ -70,10 +70,9 @@ def look(model, tokenizer, example, from_phi):
 def view(cfg, saved):
     """Write out_dir/experts.html; return what it shows."""
     _, rows = train.read_data(cfg)
-    if not rows:
-        raise InputError("there is nothing to evaluate on: give --val_data, or a --val_share above 0")
     model, encode, _ = train.prepare(cfg, saved)
-    split = data.by_task(data.encode_rows(encode, rows, cfg.max_length))
+    if not (split := data.by_task(data.encode_rows(encode, rows, cfg.max_length))):
+        raise InputError("there is nothing to evaluate on: give --val_data")
     use, layers, E, out = ExpertUse(), adapter_layers(model), cfg.n_experts, Path(cfg.out_dir)
     results = train.evaluate(model, split, cfg.max_tokens, each=use)
     usage = [torch.cat(w).mean(0) for w in use.weights.values()]                     # (L, E), by task

@@ -50,7 +50,8 @@ FLAGS = {
 # flags that meet files, in a folder with a finished run if no other is named
 MODES = {
     "--mode=eval --out_dir={bad}/no": "no/adapter.pt", "--resume --out_dir={bad}/no": "no/checkpoint.pt",
-    "--mode=eval --rank=3": "made with --rank=2", "--mode=export": "depend on the token",
+    "--mode=eval --rank=3": "made with --rank=2", "--mode=eval --val_share=0.5": "made with --val_share=0.3",
+    "--mode=export": "depend on the token",
     "--mode=eval --init_from={built_in}": "not for the base --init_from={built_in}",
     "--out_dir={bad}/others": "or holds a run", "--data={bad}/no.json": "no.json: FileNotFoundError",
     "--data={bad}/one.json,": "no .json or .jsonl file in ''", "--data={bad}/format": "no .json or .jsonl",

@@ -196,8 +196,8 @@ def test_sample_answers_a_prompt_or_every_line_that_comes(finished, base, monkey
     assert sampled() == "".join(expected) and sampled(f"--prompt={smile}") == expected[1]
     hot = [sampled("--temperature=2", f"--seed={seed}", f"--prompt={smile}") for seed in (0, 0, 1)]
     assert hot[0] == hot[1] and len({expected[1], *hot}) == 3
-    bare, text = prepared(base, finished[0], method="none")[0], "Anna lives in"
-    continued = answer(bare, encode.tokenizer.bos + encode.tokenizer.encode(text))
+    bare, text = prepared(base, finished[0], method="none")[0], 30 * "Anna lives in "
+    continued = answer(bare, encode.tokenizer.bos + encode.tokenizer.encode(text.strip()))
     assert sampled("--method=none", f"--prompt={text}") == continued
     pieces = []
     monkeypatch.setattr(llama.Llama, "generate", lambda *args, **more: (

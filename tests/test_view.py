@@ -83,7 +83,7 @@ def test_prompts_are_answered(base, finished):
     assert "a, " in "".join(first["tokens"]) and "\u00e9" in first["tokens"] and len(first["losses"]) > 1
     assert "\U0001f600" in second["tokens"] and 4 == len(page_of(base, out)["questions"])
     assert 0 < len(page_of(base, out, "--room=2")["questions"]) < 4
-    for flag, words in ("--method=none", "at most 8 experts"), ("--val_share=0", "nothing to evaluate on"):
+    for flag, words in ("--method=none", "at most 8 experts"), ("--max_length=8", "nothing to evaluate on"):
         with pytest.raises(SystemExit, match=words):
             page_of(base, out, flag)
 
