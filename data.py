@@ -52,7 +52,7 @@ def list_files(paths):
     """The files of a comma-separated list, in which a folder stands for its .json and .jsonl files."""
     files = []
     for path in paths.split(","):
-        inside = [p for p in Path(path).glob("*") if p.suffix in (".json", ".jsonl")]
+        inside = [p for p in Path(path).glob("[!.]*") if p.suffix in (".json", ".jsonl")]
         if not path or Path(path).is_dir() and not inside:
             raise InputError(f"no .json or .jsonl file in '{path}'")
         files += sorted(inside) or [Path(path)]
@@ -231,6 +231,14 @@ class Encoder:
             raise InputError(f"'{self.tokenizer.names[max(ids)]}' is id {max(ids)} of the tokenizer, but the "
                              f"base has {self.vocab_size} embeddings; take the tokenizer of this base")
         return Example(row.task, ids, max(1, len(prompt)))
+
+    def chat_template(self):
+        """The prompt in Jinja, for transformers' apply_chat_template: the last message is the question."""
+        bos = "".join(self.tokenizer.names[i] for i in self.tokenizer.bos)
+        before = re.sub(r"[ \n]?{input}", "", self.before).removeprefix(bos)
+        before = bos + before.replace("{eos}", self.tokenizer.names.get(self.eos, ""))
+        first, last = (json.dumps(t, ensure_ascii=False) for t in before.split("{instruction}"))
+        return f"{{{{ {first} + messages[-1]['content'] + {last} }}}}"
 
 
 def encode_rows(encode, rows, max_length, shortest=16):

@@ -257,16 +257,13 @@ class Llama(nn.Module):
         return self.lm_head(hidden) if targets is None else self.token_losses(hidden, targets)
 
     @torch.no_grad()
-    def generate(self, tokens, max_new_tokens, temperature=0.0, top_k=0, generator=None):
+    def generate(self, tokens, max_new_tokens, temperature=0.0, generator=None):
         """Continue prompts of one length, tokens (B, T): yields each step's tokens (B,) until every row has
-        ended; one that ended earlier repeats its end. top_k > 0 samples among the k likeliest."""
+        ended; one that ended earlier repeats its end. temperature 0 is greedy."""
         eos = torch.tensor(self.config.eos_token_id, dtype=torch.long, device=tokens.device)
         ended, cache = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device), {}
         for _ in range(max_new_tokens):
             logits = fp32(self.lm_head(self.hidden(tokens, cache)[:, -1]))           # (B, V)
-            if top_k:
-                kth = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                logits = logits.masked_fill(logits < kth, -math.inf)
             new = logits.argmax(-1)                                                  # (B,)
             if temperature:
                 p = torch.softmax(logits / max(temperature, 1e-4), -1)
@@ -385,7 +382,8 @@ def read_config(folder):
         ends = [c.get("eos_token_id", []) for c in (raw, read_json(folder / "generation_config.json"))]
         ends = [i for e in ends for i in (e if isinstance(e, list) else [e])]
         values["eos_token_id"] = tuple(i for i in dict.fromkeys(ends) if 0 <= i < raw["vocab_size"])
-        return LlamaConfig(**{f.name: values[f.name] for f in fields(LlamaConfig) if f.name in values})
+        known = {f.name: f.type for f in fields(LlamaConfig) if f.name in values}
+        return LlamaConfig(**{k: t(values[k]) if t in (int, float) else values[k] for k, t in known.items()})
 
 
 def read_safetensors(path):
@@ -427,7 +425,8 @@ def open_weights(folder):
                 path, map_location="cpu", weights_only=True, mmap=True)  # what would run code is refused
             for name, t in found.items():
                 if name in tensors or t.dtype not in DTYPES.values():
-                    raise InputError(f"{name} is {t.dtype}, not supported, or in another file, too")
+                    raise InputError(f"{name} is " + ("in another file, too" if name in tensors else
+                                                      f"{t.dtype}; only floating-point is supported"))
                 if not name.endswith(("rotary_emb.inv_freq", "rope.freqs")):     # of old files; computed here
                     tensors[name] = t
     if not tensors:
@@ -468,15 +467,15 @@ def load_llama(folder, adapter=None, device="cpu", dtype=None, nf4=False):
     return model
 
 
-def save_llama(model, folder, like=None):
+def save_llama(model, folder, like=None, **more):
     """Write the base weights and config.json as a Hugging Face folder, which transformers reads too. like: a
-    folder whose config.json has more to say, such as pad_token_id, and whose tokenizer is copied."""
+    folder whose tokenizer is copied, and whose config.json, as `more`, says more, such as pad_token_id."""
     (folder := Path(folder)).mkdir(parents=True, exist_ok=True)
     ends = [*model.config.eos_token_id]
     dtype = str(model.lm_head.weight.dtype)[6:]
     config = (read_json(Path(like) / "config.json") if like else {}) | asdict(model.config) | {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": dtype,
-        "torch_dtype": dtype, "eos_token_id": ends[0] if len(ends) == 1 else ends or None}
+        "torch_dtype": dtype, "eos_token_id": ends[0] if len(ends) == 1 else ends or None, **more}
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     write_safetensors(model.base_parameters(), folder / "model.safetensors")
     for pattern in ("*token*", "chat_template*", "generation_config.json") if like else ():

@@ -67,6 +67,8 @@ class AdapterConfig:
     def __post_init__(self):
         for f in fields(self):
             value, least, below = getattr(self, f.name), f.metadata["least"], f.metadata["below"]
+            if not isinstance(value, (float, int) if f.type is float else f.type):
+                raise InputError(f"{f.name} must be of type {f.type.__name__}, not {value!r}")
             if type(value) in (int, float) and not least <= value < below:
                 raise InputError(f"{f.name} must be at least {least} and below {below}, not {value}")
         self.check()

@@ -40,7 +40,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import data
-from model import dequantize, fingerprint, load_llama, queued, save_llama
+from model import dequantize, fingerprint, load_llama, queued, read_json, save_llama
 from teamlora import (METHODS, AdapterConfig, InputError, adapter_layers, balance_loss, collected_weights,
                       flag, idle_adapters, load_parameters, mean_usage, merge, naming, read_adapter,
                       save_adapter)
@@ -131,14 +131,18 @@ def compose(given, config=Config):
     """Flags -> (configuration, what the file holds that it goes on from, or None): defaults, then the file's,
     then the flags. But what makes an adapter what it is comes from its file alone, and a new run that starts
     from an adapter takes nothing else of it. The default of val_data goes with that of data."""
-    defaults, saved, from_file = {f.name: f.default for f in fields(config)}, None, {}
+    defaults, saved = {f.name: f.default for f in fields(config)}, None
     now = defaults | given
     path, fresh = now["adapter_from"], now["mode"] == "train" and not now["resume"]
     if now["resume"]:
         path = f"{now['out_dir']}/checkpoint.pt"
     elif not path and not fresh and now["method"] != "none":
         path = f"{now['out_dir']}/adapter.pt"
+    base = read_json(Path(now["init_from"], "config.json"))
+    from_file = {k: base[k] for k in ["template"] if k in base}      # an export's: how it was trained
     if path:
+        if not Path(path).is_file():
+            raise InputError(f"there is no {path}: train first, or say which --out_dir or --adapter_from")
         saved = read_adapter(path)
         with naming(path):
             config(**(theirs := defaults | saved["config"]))     # or an error, if it is of another version
@@ -167,9 +171,11 @@ def device_and_dtype(cfg):
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def own_share(examples):
-    """This process's part: every RANKS-th example by length, so that all get about as many tokens."""
-    return sorted(examples, key=lambda e: len(e.ids))[RANK::RANKS] if dist.is_initialized() else examples
+def own_batches(model, examples, max_tokens):
+    """This process's part, every RANKS-th example by length, as micro-batches."""
+    longer = 1.25 if next(model.parameters()).device.type == "cpu" else math.inf
+    own = sorted(examples, key=lambda e: len(e.ids))[RANK::RANKS] if dist.is_initialized() else examples
+    return map(data.collate, data.micro_batches(own, max_tokens, longer))
 
 
 def sum_over_processes(*tensors):
@@ -254,9 +260,8 @@ def held_signals():
 
 def step_batches(model, stream, cfg):
     """step -> its micro-batches, a pure function of the stream of examples; under torchrun this process's."""
-    n, longer = cfg.batch_size, 1.25 if next(model.parameters()).device.type == "cpu" else math.inf
-    return lambda step: [data.collate(b) for b in data.micro_batches(own_share(
-        [stream(i) for i in range(step * n, (step + 1) * n)]), cfg.max_tokens, longer)]
+    n = cfg.batch_size
+    return lambda step: [*own_batches(model, map(stream, range(step * n, step * n + n)), cfg.max_tokens)]
 
 
 def fit(model, step_batches, optimizer, cfg, totals=None, log=None, save=None):
@@ -315,12 +320,11 @@ def evaluate(model, split, max_tokens, name="evaluate", each=None):
     for task, examples in tqdm(split.items(), desc=name, unit="task", dynamic_ncols=True, disable=RANK > 0):
         # right answers, loss, supervised tokens, all tokens, weights: a task waits for the GPU once
         sums = torch.zeros(4 + n_experts, dtype=torch.float64, device=device)
-        for batch in data.micro_batches(own_share(examples), max_tokens):
-            x, y, mask = data.collate(batch)
+        for x, y, mask in own_batches(model, examples, max_tokens):
             with collected_weights(model) as weights:
                 losses, correct = model(queued(x, device), y)                        # (N,) both
             row, mask = queued((y >= 0).nonzero()[:, 0], device), queued(mask, device)
-            wrong = torch.zeros(len(batch), device=device).index_add_(0, row, (~correct).float())
+            wrong = torch.zeros(len(x), device=device).index_add_(0, row, (~correct).float())
             for i, n in enumerate(((wrong == 0).sum(), losses.sum(), losses.numel(), mask.sum())):
                 sums[i] += n
             if layers:
@@ -384,6 +388,20 @@ def write_atomically(path, write):
         os.replace(f"{path}.tmp", path)
 
 
+def open_locked(path):
+    """A file to append to, locked until it is closed; InputError if another process has locked it."""
+    with naming(path):
+        file = open(path, "a", buffering=1)      # a line at once
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError("in use by another run; wait for it, or choose another --out_dir") from None
+        except (ImportError, OSError):           # Windows and some network drives have no such locks
+            pass
+        return file
+
+
 def save_run(path, cfg, base, model, **more):
     """A file of teamlora.save_adapter's with what trains and the settings that are not the defaults."""
     config = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in OF_CALL}
@@ -444,51 +462,56 @@ def prepare(cfg, saved=None):
 def run_train(cfg, saved, make_optimizer=make_optimizer):
     """Evaluation before, training, evaluation after; writes log.jsonl, adapter.pt and summary.json."""
     out, old = Path(cfg.out_dir), saved if cfg.resume else None
-    with naming(out):
-        out.mkdir(parents=True, exist_ok=True)
-    if not cfg.out_dir or not old and (out / "log.jsonl").is_file() and not (out / "summary.json").is_file():
-        raise InputError(f"--out_dir='{cfg.out_dir}' is no name, or holds a run that goes on or was stopped: "
-                         "--resume or delete it")
-    rows, val = read_data(cfg)
-    model, encode, base = prepare(cfg, saved)
-    examples, split = (data.encode_rows(encode, some, cfg.max_length) for some in (rows, val))
-    stream, split = data.shuffled(examples, cfg.seed), data.by_task(split)
-    optimizer, digest = make_optimizer(model, cfg), hashlib.sha256(repr(rows).encode()).hexdigest()
-    if old:
-        if old.get("rows") != digest:
-            raise InputError(f"the rows are not those of {out}/checkpoint.pt; give its --data")
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": old["optimizer"]})
-    print_start(cfg, model, encode, stream(0))
-    before = old["before"] if old else evaluate(model, split, cfg.max_tokens, "before")
-    for name in ("summary.json", "adapter.pt", "checkpoint.pt")[:2 if old else 3] if RANK == 0 else ():
-        (out / name).unlink(missing_ok=True)     # of an earlier run
-    lines = old["log"] if old else []
-    write_atomically(out / "log.jsonl", lambda f: f.write("".join(lines).encode()))
+    with naming(f"--out_dir={out}"):
+        os.makedirs(cfg.out_dir, exist_ok=True)
+    with open_locked(out / "log.jsonl") if RANK == 0 else nullcontext() as file:
+        if not old and (out / "checkpoint.pt").is_file() and not (out / "summary.json").is_file():
+            raise InputError(f"--out_dir={out} holds a run that was stopped: --resume, or delete it")
+        rows, val = read_data(cfg)
+        model, encode, base = prepare(cfg, saved)
+        examples, split = (data.encode_rows(encode, some, cfg.max_length) for some in (rows, val))
+        stream, split = data.shuffled(examples, cfg.seed), data.by_task(split)
+        optimizer, digest = make_optimizer(model, cfg), hashlib.sha256(repr(rows).encode()).hexdigest()
+        if old:
+            if old.get("rows") != digest:
+                raise InputError(f"the rows are not those of {out}/checkpoint.pt; give its --data")
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": old["optimizer"]})
+        print_start(cfg, model, encode, stream(0))
+        before = old["before"] if old else evaluate(model, split, cfg.max_tokens, "before")
+        for path in map(out.joinpath, ["summary.json", "adapter.pt"] + ["checkpoint.pt"] * (not old)):
+            if RANK == 0 and path.exists():
+                print(f"{path}, of an earlier run, is removed")
+                path.unlink()
+        lines = old["log"] if old else []
 
-    def log(record):
-        lines.append(json.dumps(record) + "\n")
-        with naming(out / "log.jsonl"), open(out / "log.jsonl", "a") as f:
-            f.write(lines[-1])
+        def log(record):
+            lines.append(json.dumps(record) + "\n")
+            with naming(out / "log.jsonl"):
+                file.write(lines[-1])
+        if RANK == 0:
+            file.truncate(0)
+            file.writelines(lines)
 
-    def save(totals):
-        save_run(out / "checkpoint.pt", cfg, base, model, optimizer=optimizer.state_dict()["state"],
-                 totals=totals, before=before, rows=digest, log=lines)
-    totals = fit(model, step_batches(model, stream, cfg), optimizer, cfg, old and old["totals"],
-                 log if RANK == 0 else None, save)
-    after = evaluate(model, split, cfg.max_tokens, "after")
-    save_run(out / "adapter.pt", cfg, base, model)
-    summary = {"method": cfg.method, "seed": cfg.seed, "steps": cfg.steps, **totals,
-               "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
-               "mean_accuracy": mean_accuracy(after), "base_mean_accuracy": mean_accuracy(before),
-               "val_loss": val_loss(after), "base_val_loss": val_loss(before)}
-    summary |= {key: {task: r[key] for task, r in after.items()} for key in ("accuracy", "majority", "usage")}
-    summary |= {"base_accuracy": {task: r["accuracy"] for task, r in before.items()}}
-    write_atomically(out / "summary.json", lambda f: f.write((json.dumps(summary, indent=1) + "\n").encode()))
-    if after:
-        print_results(after, before)
-    print(f"\n{totals['seconds']:.0f} s of training, {totals['tokens'] / totals['seconds']:,.0f} tokens/s, "
-          f"{totals['skipped']} steps skipped; wrote {out}/")
-    return summary
+        def save(totals):
+            save_run(out / "checkpoint.pt", cfg, base, model, optimizer=optimizer.state_dict()["state"],
+                     totals=totals, before=before, rows=digest, log=lines)
+        totals = fit(model, step_batches(model, stream, cfg), optimizer, cfg, old and old["totals"],
+                     log if RANK == 0 else None, save)
+        after = evaluate(model, split, cfg.max_tokens, "after")
+        save_run(out / "adapter.pt", cfg, base, model)
+        summary = {"method": cfg.method, "seed": cfg.seed, "steps": cfg.steps, **totals,
+                   "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
+                   "mean_accuracy": mean_accuracy(after), "base_mean_accuracy": mean_accuracy(before),
+                   "val_loss": val_loss(after), "base_val_loss": val_loss(before)}
+        summary |= {k: {task: r[k] for task, r in after.items()} for k in ("accuracy", "majority", "usage")}
+        summary |= {"base_accuracy": {task: r["accuracy"] for task, r in before.items()}}
+        text = json.dumps(summary, indent=1) + "\n"
+        write_atomically(out / "summary.json", lambda f: f.write(text.encode()))
+        if after:
+            print_results(after, before)
+        print(f"\n{totals['seconds']:.0f} s of training, {totals['tokens'] / totals['seconds']:,.0f} tokens/s"
+              f", {totals['skipped']} steps skipped; wrote {out}/")
+        return summary
 
 
 def run_eval(cfg, saved):
@@ -529,15 +552,18 @@ def run_export(cfg, saved):
     out, unfinished = Path(cfg.out_dir) / "export", Path(cfg.out_dir) / "export.tmp"
     if out.exists():
         raise InputError(f"{out} exists already; move or delete it")
-    model, _, _ = prepare(cfg, saved)
+    model, encode, _ = prepare(cfg, saved)
     dequantize(model)
     merge(model)
     shutil.rmtree(unfinished, ignore_errors=True)        # of an export that was interrupted
+    trained = {} if cfg.method == "none" else {"template": data.TEMPLATES.get(cfg.template, cfg.template)}
     with naming(unfinished):
-        save_llama(model, unfinished, like=cfg.init_from)
+        save_llama(model, unfinished, cfg.init_from, **trained)
+        if trained:                              # to ask as it was trained, not as its base was
+            (unfinished / "chat_template.jinja").write_text(encode.chat_template(), "utf-8")
     os.replace(unfinished, out)
-    print(f"wrote {out} in {model.lm_head.weight.dtype}, {cfg.method} merged in; prompts were written by "
-          f"--template={cfg.template}, whatever chat template the base has")
+    print(f"wrote {out} in {model.lm_head.weight.dtype}, {cfg.method} merged in; its chat template is "
+          f"{'--template=' + cfg.template if trained else 'as before'}")
 
 
 # ---- The command line

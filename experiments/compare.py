@@ -335,8 +335,6 @@ class Runs:
             one = replace(one, out_dir=str(folder), data=str(path), val_data="", val_share=0.0)
             begun = folder / "checkpoint.pt"
             if not (folder / "summary.json").is_file():
-                if not begun.is_file():          # killed before its first checkpoint: anew
-                    (folder / "log.jsonl").unlink(missing_ok=True)
                 saved = read_adapter(begun) if begun.is_file() else None
                 optimizer = fast_routers if "_router_" in settings["variant"] else train.make_optimizer
                 train.run_train(replace(one, resume=begun.is_file()), saved, optimizer)

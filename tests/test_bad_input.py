@@ -49,11 +49,13 @@ FLAGS = {
     "--init_from=some/Llama": "some/Llama: no config.json; get one with hf download"}
 # flags that meet files, in a folder with a finished run if no other is named
 MODES = {
-    "--mode=eval --out_dir={bad}/no": "no/adapter.pt", "--resume --out_dir={bad}/no": "no/checkpoint.pt",
+    "--mode=eval --out_dir={bad}/no": "there is no {bad}/no/adapter.pt: train first",
+    "--resume --out_dir={bad}/no": "there is no {bad}/no/checkpoint.pt: train first",
     "--mode=eval --rank=3": "made with --rank=2", "--mode=eval --val_share=0.5": "made with --val_share=0.3",
     "--mode=export": "depend on the token",
     "--mode=eval --init_from={built_in}": "not for the base --init_from={built_in}",
-    "--out_dir={bad}/others": "or holds a run", "--data={bad}/no.json": "no.json: FileNotFoundError",
+    "--out_dir={bad}/others": "others holds a run that was stopped: --resume, or",
+    "--data={bad}/no.json": "no.json: FileNotFoundError",
     "--data={bad}/one.json,": "no .json or .jsonl file in ''", "--data={bad}/format": "no .json or .jsonl",
     "--data={bad}/one.json --val_share=0.99": "no training row is left: see --data, --val_share"}
 # file of rows: what is said, what it holds
@@ -68,6 +70,7 @@ ROWS = {
 FOLDERS = {
     "mistral": ("model_type is 'mistral'; only 'llama'", {CONFIG: {"model_type": "mistral"}}),
     "key": ("config.json: KeyError: 'hidden_size'", {CONFIG: {"hidden_size": None}}),
+    "text": ("config.json: ValueError: could not convert", {CONFIG: {"rms_norm_eps": "small"}}),
     "yarn": ("rope_type is 'yarn'", {CONFIG: {"rope_scaling": {"type": "yarn"}}}),
     "scaled": ("KeyError: 'low_freq_factor'", {CONFIG: {"rope_scaling": {"rope_type": "llama3"}}}),
     "meta": ("with python -m experiments.from_meta", {CONFIG: None, "params.json": "{}"}),
@@ -86,6 +89,7 @@ ADAPTERS = {
     "coded": ("coded/adapter.pt: ", {"more": Code()}), "cut": ("cut/adapter.pt: ", pickled([1] * 99)[:-9]),
     "format": ("no adapter file of format 1", {"format": 2}), "bare": ("adapter.pt", {"config": None}),
     "base": ("not for the base", {"fingerprint": "0"}), "new": ("adapter.pt", {"config": {"colour": 1}}),
+    "type": ("rank must be of type int, not '2'", {"config": {"rank": "2"}}),
     "parameters": ("missing, unexpected", {"config": {"targets": ("up_proj",)}})}
 CHECKPOINTS = {
     "short": ("short/checkpoint.pt: ", pickled([1] * 99)[:-9]), "others": ("rows are not", {"rows": "0"}),
@@ -118,7 +122,7 @@ def bad(finished, base, tmp_path_factory):
             if isinstance(content, dict):
                 content = pickled(changed(load(finished[0] / name), content))
             files[f"{kind}/{name}"] = content
-    for name, content in (files | {"others/log.jsonl": b""}).items():
+    for name, content in (files | {f"{kind}/log.jsonl": b"" for kind in CHECKPOINTS}).items():
         if content is not None:
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -84,7 +84,7 @@ def test_generation_waits_once_a_token(base, temperature, waits):
             model, tokens = ready(base, device)[0].eval(), torch.arange(21).view(3, 7).to(device)
             generator = torch.Generator(device).manual_seed(0)
             gpu.waits.clear()
-            new = torch.stack([*model.generate(tokens, 6, temperature, 9, generator)])
+            new = torch.stack([*model.generate(tokens, 6, temperature, generator)])
             found.append((len(gpu.waits), new.tolist()))
     assert found == [(0, found[0][1]), (waits, found[0][1])]
 

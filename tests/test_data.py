@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 
+import jinja2
 import pytest
 
 import data
@@ -22,7 +23,7 @@ TEXTS = {
     "paper": "<s>@</s>^Anna</s>", "llama2": "<s>[INST] @ [/INST]^Anna</s>",
     "llama3": "<s>{0}user{1}\n\n@{2}{0}assistant{1}\n\n^Anna{2}".format(*WORDS[4:]),
     "chatml": "<s><|im_start|>user\n@<|im_end|>\n<|im_start|>assistant\n^Anna<|im_end|>",
-    "<s>Q: {instruction}\\nA:{output}</s>": "<s>Q: @\nA:^Anna</s>",
+    "<s>\U0001f642: {instruction}\\nA:{output}</s>": "<s>\U0001f642: @\nA:^Anna</s>",
     "{instruction}\\n{input} {{A}} {0}": "<s>@ {{A}} {0}^Anna</s>"}
 
 
@@ -61,7 +62,8 @@ def spelled(encode, text):
 
 @pytest.mark.parametrize("template", TEXTS)
 def test_templates_say_their_text(folder, template):
-    """Catches a part, an input or a bos lost or doubled, control words as text, a border that moves."""
+    """Catches a part, an input or a bos lost or doubled, control words as text, a border that moves, another
+    prompt in an export's chat template."""
     if template in ("llama3", "chatml") and not (folder / "tokenizer.json").exists():
         with pytest.raises(InputError, match="must be one control word of its own"):
             encoder(folder, template)
@@ -71,6 +73,9 @@ def test_templates_say_their_text(folder, template):
         prompt, answer = (spelled(encode, part) for part in TEXTS[template].replace("@", asked).split("^"))
         assert encode(row) == data.Example("t", prompt + answer, len(prompt))
         assert encode(data.Row("t", "", asked, "Anna")).ids == prompt + answer
+    asked = 'Who "is" \\n \n{{it}} \'中文\' \U0001f642?'
+    text = jinja2.Template(encode.chat_template()).render(messages=[{"role": "user", "content": asked}])
+    assert text == TEXTS[template].replace("@", asked).split("^")[0]
 
 
 @pytest.mark.parametrize("answer", ["positive", "Anna and Ben", "5", "中文", "it's"])
@@ -134,7 +139,8 @@ def test_files_and_folders_become_rows(tmp_path, capsys):
     one, two = tmp_path / "1.json", tmp_path / "2.jsonl"
     one.write_text(json.dumps([row, more]))
     two.write_bytes("\r\n\r\n".join(["\ufeff", *lines, ""]).encode())
-    (tmp_path / "README.md").touch()
+    for other in ("README.md", "._1.json"):      # macOS writes such beside a file
+        (tmp_path / other).touch()
     assert data.list_files(f"{two},{tmp_path}") == [two, one, two]
     assert data.read_rows([one]) == [("1", "x", "", "b\u2028c"), ("other", "x", "a", "b\u2028c")]
     assert "blank: 0; keys not used: id (1 rows)\n" in capsys.readouterr().out

@@ -4,6 +4,7 @@ Every run here is one of train.main, most of 8 steps on a tiny random base. The 
 parameters, optimizer, counters, log. SLOW=1 adds ten kills and the default run.
 """
 
+import fcntl
 import io
 import json
 import math
@@ -224,7 +225,9 @@ def test_export_is_a_plain_llama_that_computes_the_same(base, tmp_path, method):
         logits, expected, plain = (m.float().eval()(tokens) for m in (exported, model, load_llama(folder)))
     assert (logits - expected).norm() < 0.05 * (expected - plain).norm()
     assert exported.config.eos_token_id == (encode.end,) and data.Tokenizer(export).names
-    assert not (export / "stale").exists()
+    assert not (export / "stale").exists() and "messages" in (export / "chat_template.jinja").read_text()
+    cfg, _ = train.compose({"mode": "sample", "method": "none", "init_from": str(export)})
+    assert cfg.template == data.TEMPLATES["paper"]       # and not "paper", with which a bare base continues
     with pytest.raises(SystemExit, match="exists already"):
         use("export", folder, out)
 
@@ -249,27 +252,36 @@ def test_resumed_run_is_the_same_run(finished, base, tmp_path, more):
     assert [r["learning_rate"] for r in log[8:]] == [0.01 * train.schedule(i, 12, 0.2) for i in range(8, 12)]
 
 
-def test_a_run_starts_from_an_adapter_and_takes_over_a_folder(finished, base, rows, tmp_path):
-    """Catches an adapter that is not loaded, or lends more than itself; an old run's results by a new log."""
+def test_a_run_starts_from_an_adapter_and_takes_over_a_folder(finished, base, rows, tmp_path, monkeypatch,
+                                                              capsys):
+    """Catches an adapter that is not loaded, or lends more than itself; an old run's results by a new log, or
+    gone without a word; two runs in one folder; a file system without locks that no run can use."""
     adapter = f"--adapter_from={finished[0]}/adapter.pt"
     new = use("train", base, tmp_path, adapter, f"--data={rows}", f"--val_data={rows}", "--steps=2")
     results = use("eval", base, finished[0], f"--val_data={rows}", "--val_examples=100")
     config = load(tmp_path / "adapter.pt")["config"]
     assert new["base_val_loss"] == train.val_loss(results) and config["rank"] == 2
     assert {"warmup", "adapter_from", "val_share"}.isdisjoint(config)
+    monkeypatch.setattr(fcntl, "flock", lambda *_: os.listdir("/no locks here"))
     stopped(flags_of(base, tmp_path), 2)
+    monkeypatch.undo()
+    assert capsys.readouterr().out.count("of an earlier run, is removed") == 3
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
     assert len(read_log(tmp_path)) == 2
-    with pytest.raises(SystemExit, match="adapter.pt"):
+    with pytest.raises(SystemExit, match="there is no .*adapter.pt"):
         use("eval", base, tmp_path)
+    for flags in flags_of(base, tmp_path), [f"--out_dir={tmp_path}", "--device=cpu", "--resume"]:
+        with train.open_locked(tmp_path / "log.jsonl"), pytest.raises(SystemExit, match="in use by another"):
+            train.main(flags)
 
 
 @pytest.mark.parametrize("name,call,signals,code,saved", [
     ("schedule", 5, [INT], 1, 5), ("schedule", 5, [TERM], 1, 5), ("schedule", 5, [HUP], 1, 5),
     ("schedule", 8, [INT], 0, 8), ("schedule", 6, [INT, INT], -INT, 4), ("schedule", 7, [KILL], -KILL, 4),
-    ("fsync", 3, [KILL], -KILL, 4), ("replace", 3, [KILL], -KILL, 4),
+    ("schedule", 2, [KILL], -KILL, None),
+    ("fsync", 2, [KILL], -KILL, 4), ("replace", 2, [KILL], -KILL, 4),
     *(pytest.param(name, n, [KILL], -KILL, None, marks=slow) for name in ("fsync", "replace")
-      for n in range(1, 6))])
+      for n in range(1, 5))])
 def test_interrupted_run_ends_like_one_left_alone(finished, base, tmp_path, monkeypatch, name, call, signals,
                                                   code, saved):
     """Catches a signal that tears a step, is forgotten or loses a step; a second one that does not end the
@@ -278,6 +290,7 @@ def test_interrupted_run_ends_like_one_left_alone(finished, base, tmp_path, monk
     ended, printed = forked(lambda: train.main(flags_of(base, tmp_path)))
     monkeypatch.undo()
     assert ended == code and ("stopped after 5 of 8 steps; continue with --resume" in printed) == (code == 1)
+    assert (name, code) != ("schedule", -KILL) or len(read_log(tmp_path)) == call - 1
     there = (tmp_path / "checkpoint.pt").exists()
     assert saved is None or load(tmp_path / "checkpoint.pt")["totals"]["step"] == saved
     train.main(flags_of(base, tmp_path, *["--resume"] * there))
@@ -306,7 +319,7 @@ def test_a_power_cut_finds_whole_files(base, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda old, new: (
         renamed.append((new.name, os.stat(old).st_ino in synced)), replace(old, new)))
     train.main(flags_of(base, tmp_path))
-    names = ["log.jsonl", "checkpoint.pt", "checkpoint.pt", "adapter.pt", "summary.json"]
+    names = ["checkpoint.pt", "checkpoint.pt", "adapter.pt", "summary.json"]
     assert renamed == [(name, True) for name in names]
 
 
