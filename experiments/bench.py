@@ -1,6 +1,7 @@
-"""What a training step costs: TeamLoRA beside the frozen base, LoRA, the baselines, published loops and PEFT.
+"""What a training step costs: TeamLoRA beside the frozen base, the baselines, a published loop and its peers.
 
     python -m experiments.bench --layers=6 --max_length=256 --max_tokens=1024 --groups=4 --rounds=15
+    python -m experiments.bench --layers=12 --max_length=256 --max_tokens=1024 --groups=peers     see peers.py
     python -m experiments.bench --memory --rank=32       computed memory of real Llamas; none of them is made
 
 The idea: an arm is one thing to time. All arms of a group share one base's weights and take turns, so that a
@@ -9,19 +10,17 @@ gradients of activations, 4 FLOPs per token for each of the base's weights.
 
 What may surprise:
 - A method can come out below the limit, which has gradients that adapters of the first layer do not need.
-- PEFT is timed as its users have it: transformers' Llama, logits of every position, bf16 by autocast.
 - Only shapes matter: token ids are random, and so are the weights without --init_from.
 """
 
 import gc
-import importlib.util
 import itertools
 import json
 import math
 import os
 import random
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -34,8 +33,9 @@ from tqdm import tqdm
 
 import data
 import train
+from experiments.peers import INSTALLED, PEERS
 from model import MAX_LOGITS, NF4, PROJECTIONS, Llama, LlamaConfig, load_llama, queued, rotary_tables
-from teamlora import METHODS, InputError, MoELoRALinear, adapter_layers, flag
+from teamlora import METHODS, InputError, adapter_layers, flag
 
 # the published shapes, for random weights
 SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_word_embeddings=tied)
@@ -46,7 +46,6 @@ SIZES = {name: LlamaConfig(V, C, ffn, layers, H, K, D, rope_theta=theta, tie_wor
              ("llama2-7b", 32000, 4096, 11008, 32, 32, 32, 128, 1e4, False),
              ("llama3-8b", 128256, 4096, 14336, 32, 32, 8, 128, 5e5, False))}
 CARDS = (8, 12, 16, 24, 80)                      # GB, of which CUDA itself takes one
-HAVE_PEFT = all(importlib.util.find_spec(name) for name in ("peft", "transformers"))
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class BenchConfig(train.Config):
     data: str = flag("", "files whose rows lend their lengths; empty: rows of --max_length")
     size: str = flag("smollm2-135m", "a published shape", choices=SIZES)
     groups: tuple = flag(("2", "4", "8", "spread", "growth"), "what to time: all methods with these numbers "
-                         "of experts; the spread over E at one E*r; the growth with tokens, layers, r and E")
+                         "of experts; spread over E at one E*r; growth with tokens, layers, r and E; peers")
     layers: int = flag(0, "use only so many layers; 0: all")
     rounds: int = flag(5, "how often every arm takes its turn", least=1)
     memory: bool = flag(False, "print the computed memory of a step of --method, and end")
@@ -63,8 +62,8 @@ class BenchConfig(train.Config):
     def check(self):
         super().check()
         for g in self.groups:
-            if g not in ("spread", "growth") and not (g.isdecimal() and 1 <= int(g) <= 1024):
-                raise InputError(f"groups takes numbers of experts to 1024, spread and growth, not '{g}'")
+            if g not in ("spread", "growth", "peers") and not (g.isdecimal() and 1 <= int(g) <= 1024):
+                raise InputError(f"groups takes numbers of experts to 1024, spread, growth, peers, not '{g}'")
         if self.method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}, not '{self.method}'")
 
@@ -72,18 +71,17 @@ class BenchConfig(train.Config):
 # ---- What takes turns
 
 class Arm(NamedTuple):
-    """One thing to time. method 'none': the frozen base; 'peft': its LoRA of rank E*r; rows: share of all."""
+    """One thing to time. method: of METHODS or PEERS, 'looped', or 'none': the frozen base. rows: share."""
     method: str
     n_experts: int
     rank: int
     layers: int
-    looped: bool = False
     rows: float = 1.0
 
     @property
     def name(self):
-        names = {"none": "frozen base", "peft": "PEFT's LoRA"}
-        return names.get(self.method, self.method + " looped" * self.looped)
+        names = {"none": "frozen base", "looped": "moelora looped"}
+        return PEERS[self.method][0] if self.method in PEERS else names.get(self.method, self.method)
 
 
 def arms_of(group, cfg, layers):
@@ -96,28 +94,22 @@ def arms_of(group, cfg, layers):
         sizes = ({}, {"rows": 0.5}, {"layers": max(1, layers // 2)})
         return [arm(method, **size) for size in sizes for method in ("none", "teamlora")] + [
             arm("teamlora", rank=4 * cfg.rank), arm("teamlora", n_experts=4 * cfg.n_experts)]
-    E, routed = int(group), [method for method in METHODS if method != "lora"]
-    return [*(arm(method, n_experts=E) for method in ("none", "lora", *routed)),
-            *(arm(method, n_experts=E, looped=True) for method in routed),
-            *[arm("peft", n_experts=E)] * HAVE_PEFT]
+    arms = [arm(method, n_experts=int(group)) for method in ("none", *METHODS, "looped", "peft")] if (
+        group != "peers") else [arm(method, n_experts=E) for method, many in (
+            ("none", [4]), ("teamlora", [2, 4, 8]), ("moe_peft", [2, 4, 8]), ("peft", [4]), ("litgpt", [4]))
+            for E in many]
+    return [one for one in arms if one.method not in PEERS or one.method in INSTALLED]
 
 
 def published_loop(layer, x):
-    """forward(x) of an adapted layer as published, a loop over experts: timed, and the tests' reference.
-
-    MoELoRA and HydraLoRA evaluate A once per expert, TeamLoRA once; each expert then adds its (..., out).
-    """
-    E, r, scale = layer.adapter.n_experts, layer.adapter.rank, layer.adapter.alpha / layer.adapter.rank
-    A, B = layer.lora_A.to(x.dtype), layer.lora_B.to(x.dtype)
-    router = A[:0] if layer.router is None else layer.router.to(x.dtype)
-    w = layer.gate(F.linear(x, router)).to(x.dtype)                                  # (..., E)
-    if isinstance(layer, MoELoRALinear):         # HydraLoRA is one too, with one A for all
-        z = [F.linear(x, A_e) for A_e in (A.split(r) if len(A) > r else [A] * E)]
-    else:
-        z = F.linear(x, A).split(r, -1)
+    """forward(x) of a MoELoRA layer as published: each expert has a pass over x and adds its (..., out)."""
+    a = layer.adapter
+    experts = zip(layer.lora_A.to(x.dtype).split(a.rank), layer.lora_B.to(x.dtype).split(a.rank, 1))
+    w = layer.gate(F.linear(x, layer.router.to(x.dtype))).to(x.dtype)                # (..., E)
     y = F.linear(x, layer.weight, layer.bias)
-    for e, B_e in enumerate(B.split(r, 1)):
-        y += w[..., e:e + 1] * F.linear(F.dropout(z[e], layer.adapter.dropout, layer.training), B_e) * scale
+    for e, (A_e, B_e) in enumerate(experts):
+        z = F.dropout(F.linear(x, A_e), a.dropout, layer.training)
+        y += w[..., e:e + 1] * F.linear(z, B_e) * (a.alpha / a.rank)
     return y
 
 
@@ -154,38 +146,19 @@ def bench_base(cfg, device, dtype):
     return base
 
 
-def peft_model(base, arm, cfg):
-    """transformers' Llama on the base's weights, PEFT's LoRA of rank E*r: what a user would pick instead."""
-    import peft
-    import transformers
-    c = replace(base.config, num_hidden_layers=arm.layers)
-    config = transformers.LlamaConfig(**asdict(c) | {"eos_token_id": None, "rope_parameters": {
-        "rope_type": "default", "rope_theta": c.rope_theta}})
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(config)
-    model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
-    with base.lm_head.weight.device:
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a table that no checkpoint holds
-    if cfg.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return peft.get_peft_model(model, peft.LoraConfig(
-        r=arm.n_experts * arm.rank, lora_alpha=arm.n_experts * cfg.alpha, lora_dropout=cfg.dropout,
-        target_modules=list(cfg.targets)))
-
-
 def bench_model(base, arm, cfg):
     """The model of an arm, on the very weights of the base."""
-    if arm.method == "peft":
-        return peft_model(base, arm, cfg)
+    if arm.method in PEERS:
+        return PEERS[arm.method][1](base, arm, cfg)
     adapter = None if arm.method == "none" else replace(
-        cfg.adapter, method=arm.method, rank=arm.rank, n_experts=arm.n_experts)
+        cfg.adapter, method=arm.method.replace("looped", "moelora"), rank=arm.rank, n_experts=arm.n_experts)
     with torch.device("meta"):
         model = Llama(replace(base.config, num_hidden_layers=arm.layers), adapter)
     model.load_state_dict(base.state_dict(keep_vars=True), strict=False, assign=True)
     model.checkpointing = cfg.checkpointing
     for _, layer in adapter_layers(model):
         layer.add_adapter(adapter)
-        if arm.looped:
+        if arm.method == "looped":
             layer.forward = partial(published_loop, layer)
     if arm.method == "none":  # gradients flow down to the embeddings: 4 N, and no parameter gets one
         model.model.embed_tokens.register_forward_hook(lambda module, args, x: x.requires_grad_())
@@ -202,16 +175,13 @@ def bench_runs(model, arm, batches, cfg):
     p = next(model.parameters())
 
     def loss(x, y, m):
-        if arm.method != "peft":
-            return model(queued(x, p.device), y)[0].mean()
-        # transformers takes -100 for our -1 and shifts to the left
-        x, m, y = (queued(t, p.device) for t in (x, m.long(), y.where(y >= 0, -100).roll(1, 1)))
-        with torch.autocast(p.device.type, torch.bfloat16, enabled=p.dtype == torch.bfloat16):
-            return model(input_ids=x, attention_mask=m, labels=y, use_cache=False).loss
+        if arm.method in PEERS:
+            return PEERS[arm.method][2](model, x, y, m)
+        return model(queued(x, p.device), y)[0].mean()
 
     def step():
         model.train()
-        if arm.method not in ("none", "peft"):
+        if arm.method not in ("none", *PEERS):
             train.training_step(model, batches, optimizer, cfg.clip)
             return
         for batch in batches:
@@ -374,18 +344,18 @@ def bench_group(group, arms, base, cfg, device, peak):
 
 def print_bench(rows):
     """A line per row of a group; where all methods are there, also the ratios that matter."""
-    print(f"\n{'method':<17}{'E':>3}{'r':>4}{'layers':>7}{'tokens':>7}{'ms/step':>9}{'x limit':>8}"
+    print(f"\n{'method':<19}{'E':>3}{'r':>4}{'layers':>7}{'tokens':>7}{'ms/step':>9}{'x limit':>8}"
           f"{'tokens/s':>10}{'of peak':>8}{'forward':>9}{'MB':>9}")
     for r in rows:
-        print(f"{r['name']:<17}{r['n_experts']:>3}{r['rank']:>4}{r['layers']:>7}{r['tokens']:>7}"
+        print(f"{r['name']:<19}{r['n_experts']:>3}{r['rank']:>4}{r['layers']:>7}{r['tokens']:>7}"
               f"{r['step_ms']:>9.1f}{r['over_limit']:>8.3f}{r['tokens_per_second']:>10,}"
               f"{r['utilisation']:>8.1%}{r['inference_ms']:>9.1f}{r['peak_memory_mb']:>9.0f}")
     named = {r["name"]: r for r in rows}
-    if {"lora", "teamlora"} <= named.keys():
-        own = named.pop("teamlora")
-        for what, key in (("step", "step_ms"), ("memory", "peak_memory_mb")):
-            print(f"teamlora's {what} over "
-                  + ", ".join(f"{name} {own[key] / r[key]:.3f}" for name, r in named.items()))
+    for own in rows if len(named) > 2 else ():
+        for what, key in (("step", "step_ms"), ("memory", "peak_memory_mb")) * (own["method"] == "teamlora"):
+            print(f"E = {own['n_experts']}: teamlora's {what} over " + ", ".join(
+                f"{r['name']} {own[key] / r[key]:.3f}" for r in rows
+                if r["n_experts"] == own["n_experts"] and r is not own))
     steps = [r["step_ms"] for r in rows if (r["group"], r["method"]) == ("spread", "teamlora")]
     if steps:
         print(f"spread over E: {max(steps) / min(steps):.3f}")
@@ -401,7 +371,9 @@ def bench(cfg, saved):
     layers, peak, rows = cfg.layers or base.config.num_hidden_layers, matmul_peak(device, dtype), []
     name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     print(f"{cfg.init_from or cfg.size}, {layers} layers, {dtype}, --dtype={cfg.dtype}; {name}, matmul peak "
-          f"{peak / 1e12:.2f} TFLOP/s" + "; for PEFT's LoRA: pip install peft transformers" * (not HAVE_PEFT))
+          f"{peak / 1e12:.2f} TFLOP/s")
+    if missing := [name for peer, (name, *_) in PEERS.items() if peer not in INSTALLED]:
+        print(f"left out: {', '.join(missing)}; how to install them stands in experiments/peers.py")
     for group in cfg.groups:
         rows += (new := bench_group(group, arms_of(group, cfg, layers), base, cfg, device, peak))
         print_bench(new)
