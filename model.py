@@ -312,11 +312,6 @@ class NF4(torch.Tensor):
         codes = torch.cat(tuple(map(coded, blocks.split(2 ** 12), scales.split(2 ** 12))))   # in small memory
         return cls(codes, scales, torch.cartesian_prod(levels, levels), tuple(w.shape), dtype)
 
-    @property
-    def nbytes(self):
-        """What it takes in memory, without the table of pairs."""
-        return self.codes.nbytes + self.scales.nbytes
-
     def matrix(self):
         """What it stands for, as a plain tensor."""
         w = F.embedding(self.codes.int(), self.pairs).flatten(1).mul_(self.scales[:, None])     # (N/64, 64)

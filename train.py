@@ -341,15 +341,12 @@ def evaluate(model, split, max_tokens, name="evaluate", each=None):
     return results
 
 
-def val_loss(results):
-    """Loss over all tasks, weighted by tokens; None if nothing was evaluated."""
-    n = sum(r["tokens"] for r in results.values())
-    return sum(r["loss"] * r["tokens"] for r in results.values()) / n if n else None
-
-
-def mean_accuracy(results):
-    """Mean over tasks; None if nothing was evaluated."""
-    return sum(r["accuracy"] for r in results.values()) / len(results) if results else None
+def overall(results):
+    """(mean of the tasks' accuracies, loss over all their tokens); None of both if nothing was evaluated."""
+    if not (tasks := results.values()):
+        return None, None
+    loss = sum(r["loss"] * r["tokens"] for r in tasks) / sum(r["tokens"] for r in tasks)
+    return sum(r["accuracy"] for r in tasks) / len(tasks), loss
 
 
 def print_start(cfg, model, encode, example):
@@ -371,8 +368,8 @@ def print_results(results, before=None):
         old = f"{before[task]['accuracy']:.3f}" if before else "-"
         print(f"{task:{width}}{r['majority']:8.3f}{old:>8}{r['accuracy']:8.3f}{r['loss']:8.3f}  "
               + "".join(f"{w:6.2f}" for w in r["usage"]))
-    old = f"{mean_accuracy(before):.3f}" if before else "-"
-    print(f"{'mean':{width}}{'':8}{old:>8}{mean_accuracy(results):8.3f}{val_loss(results):8.3f}")
+    old, (accuracy, loss) = f"{overall(before)[0]:.3f}" if before else "-", overall(results)
+    print(f"{'mean':{width}}{'':8}{old:>8}{accuracy:8.3f}{loss:8.3f}")
 
 
 # ---- Files
@@ -500,11 +497,11 @@ def run_train(cfg, saved, make_optimizer=make_optimizer):
         after = evaluate(model, split, cfg.max_tokens, "after")
         save_run(out / "adapter.pt", cfg, base, model)
         summary = {"method": cfg.method, "seed": cfg.seed, "steps": cfg.steps, **totals,
-                   "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values()),
-                   "mean_accuracy": mean_accuracy(after), "base_mean_accuracy": mean_accuracy(before),
-                   "val_loss": val_loss(after), "base_val_loss": val_loss(before)}
-        summary |= {k: {task: r[k] for task, r in after.items()} for k in ("accuracy", "majority", "usage")}
-        summary |= {"base_accuracy": {task: r["accuracy"] for task, r in before.items()}}
+                   "trainable_parameters": sum(p.numel() for p in trainable_parameters(model).values())}
+        for prefix, results in (("", after), ("base_", before)):
+            summary[f"{prefix}mean_accuracy"], summary[f"{prefix}val_loss"] = overall(results)
+            summary[f"{prefix}accuracy"] = {task: r["accuracy"] for task, r in results.items()}
+        summary |= {key: {task: r[key] for task, r in after.items()} for key in ("majority", "usage")}
         text = json.dumps(summary, indent=1) + "\n"
         write_atomically(out / "summary.json", lambda f: f.write(text.encode()))
         if after:

@@ -169,6 +169,11 @@ def bench_model(base, arm, cfg):
 
 # ---- What is measured
 
+def stored_bytes(tensors):
+    """Bytes that tensors take in memory; NF4 has codes and scales."""
+    return sum(part.nbytes for t in tensors for part in ((t.codes, t.scales) if isinstance(t, NF4) else (t,)))
+
+
 def bench_runs(model, arm, batches, cfg):
     """Of an arm: a training step and a forward pass, to be called, and the bytes of weights and optimizer."""
     optimizer = train.make_optimizer(model, cfg) if arm.method != "none" else None
@@ -199,7 +204,7 @@ def bench_runs(model, arm, batches, cfg):
 
     step()
     state = [t for s in optimizer.state.values() for t in s.values()] if optimizer else []
-    return step, infer, sum(t.nbytes for t in [*model.parameters(), *state])
+    return step, infer, stored_bytes([*model.parameters(), *state])
 
 
 def timed(run, device):

@@ -252,7 +252,7 @@ def judge(cfg, model, encode, rows):
     routed = cfg.method in METHODS and METHODS[cfg.method].routed and cfg.n_experts > 1
     results = train.evaluate(model, test, cfg.max_tokens, "test", each=use if routed else None)
     line = {"accuracy": {t: r["accuracy"] for t, r in results.items()},
-            "mean_accuracy": train.mean_accuracy(results), "test_loss": train.val_loss(results),
+            **dict(zip(("mean_accuracy", "test_loss"), train.overall(results))),
             "loss": {t: r["loss"] for t, r in results.items()},
             "examples": {t: len(e) for t, e in test.items()},
             "choice_accuracy": choice_accuracy(model, encode, with_options(rows[2], sum(rows, [])), cfg),
@@ -263,7 +263,7 @@ def judge(cfg, model, encode, rows):
         for k, word in ((1, "1"), (2, "2"), (cfg.n_experts, "all")):
             with changed_weights(model, top(k)):
                 kept = train.evaluate(model, few, cfg.max_tokens, f"top {word}")
-            line[f"top_{word}_accuracy"] = train.mean_accuracy(kept)
+            line[f"top_{word}_accuracy"] = train.overall(kept)[0]
     return line
 
 

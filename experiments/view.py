@@ -96,7 +96,7 @@ def view(cfg, saved):
                     "M": layer.interaction.tolist() if from_phi else None}
                    for i, (name, layer) in enumerate(layers)],
         "run": f"{cfg.method} on {Path(cfg.init_from).name}, E = {E}, r = {cfg.rank}: mean accuracy "
-               f"{train.mean_accuracy(results):.3f} over {len(split)} tasks, {len(rows)} questions. Shown: "
+               f"{train.overall(results)[0]:.3f} over {len(split)} tasks, {len(rows)} questions. Shown: "
                f"{len(shown)} questions."}
     content = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 5))
     text = PAGE.replace("DATA", json.dumps(content).replace("<", "\\u003c"))         # of a row's </script>

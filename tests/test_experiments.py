@@ -241,11 +241,11 @@ def test_a_line_is_what_train_says_of_the_adapter_that_is_left(compared, base, t
         s = line["settings"]
         folder, = out.glob(f"{s['variant']}-{s['learning_rate']}-{s['seed']}-7-*")
         result = use("eval", base, folder, f"--val_data={test}")
-        assert train.val_loss(result) == line["test_loss"]
+        assert train.overall(result)[1] == line["test_loss"]
         assert {task: r["usage"] for task, r in result.items()} == line["expert_usage"]
         assert ("task_information" in line) == (s["variant"] == "teamlora")
     bare = use("eval", base, out, "--method=none", f"--data={test}", f"--val_data={test}")
-    assert train.val_loss(bare) == table["none"][0]["test_loss"] > table["lora"][0]["test_loss"]
+    assert train.overall(bare)[1] == table["none"][0]["test_loss"] > table["lora"][0]["test_loss"]
 
 
 @pytest.mark.parametrize("variant", ["teamlora", "teamlora_router_x10"])

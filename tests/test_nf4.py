@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train
+from experiments.bench import stored_bytes
 from model import NF4, NF4_LEVELS, PROJECTIONS, LlamaConfig, dequantize, fingerprint, load_llama, save_llama
 from teamlora import METHODS, AdapterConfig, adapter_parameters
 from test_teamlora import TINY, peak_of, randomise, tiny
@@ -41,7 +42,7 @@ def test_a_number_becomes_the_nearest_level_times_the_largest_of_its_block(shape
         expected += [min(levels, key=lambda level: abs(level - x)) for x in block.tolist()]
     expected = torch.tensor(expected, dtype=torch.float64).view(shape)
     assert torch.allclose(made.matrix().double(), expected, atol=1e-6, rtol=torch.finfo(dtype).eps)
-    assert made.dtype == dtype and made.nbytes == 34 * math.ceil(w.numel() / 64)         # 4.25 bits a number
+    assert made.dtype == dtype and stored_bytes([made]) == 34 * math.ceil(w.numel() / 64)    # 4.25 bits each
     assert torch.equal(made.T.contiguous(), made.matrix().T) and torch.equal(made + 0, made.matrix())
 
 
@@ -72,7 +73,7 @@ def test_four_bits_are_made_matrix_by_matrix(tmp_path):
     """Catches a model that stands whole in memory before its four bits are made."""
     save_llama(tiny(None, LlamaConfig(1000, 256, 1024, 8, 4, 4, 64)), tmp_path)  # 36 MB; a matrix has 1 MB
     peak, model = peak_of(lambda: load_llama(tmp_path, nf4=True))
-    size = sum(p.nbytes for p in model.parameters())
+    size = stored_bytes(model.parameters())
     assert size < 7e6 and peak < size + 4e6
 
 
@@ -100,7 +101,7 @@ def test_a_run_in_four_bits_is_used_and_exported(base, tmp_path):
     """Catches a mode that forgets the four bits, an adapter on another base, an export of other weights."""
     summary = train.main(flags_of(base, tmp_path, "--dtype=nf4", "--method=lora"))
     results = use("eval", base, tmp_path)                                # dtype comes from the file
-    assert train.val_loss(results) == summary["val_loss"] != summary["base_val_loss"]
+    assert train.overall(results)[1] == summary["val_loss"] != summary["base_val_loss"]
     with pytest.raises(SystemExit, match="error: the adapter .*--dtype=float32"):
         use("eval", base, tmp_path, "--dtype=float32")
     use("export", base, tmp_path)

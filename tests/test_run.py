@@ -67,7 +67,7 @@ def test_summary_has_what_it_promises_and_eval_reproduces_it(finished, base):
     results = use("eval", base, out)
     for key in ("accuracy", "majority", "usage"):
         assert {task: r[key] for task, r in results.items()} == summary[key]
-    assert results.keys() == {"colours", "sizes"} and train.val_loss(results) == summary["val_loss"]
+    assert results.keys() == {"colours", "sizes"} and train.overall(results)[1] == summary["val_loss"]
 
 
 def assert_follows(base, rows, out, parameters, parts, *flags):
@@ -260,7 +260,7 @@ def test_a_run_starts_from_an_adapter_and_takes_over_a_folder(finished, base, ro
     new = use("train", base, tmp_path, adapter, f"--data={rows}", f"--val_data={rows}", "--steps=2")
     results = use("eval", base, finished[0], f"--val_data={rows}", "--val_examples=100")
     config = load(tmp_path / "adapter.pt")["config"]
-    assert new["base_val_loss"] == train.val_loss(results) and config["rank"] == 2
+    assert new["base_val_loss"] == train.overall(results)[1] and config["rank"] == 2
     assert {"warmup", "adapter_from", "val_share"}.isdisjoint(config)
     monkeypatch.setattr(fcntl, "flock", lambda *_: os.listdir("/no locks here"))
     stopped(flags_of(base, tmp_path), 2)
