@@ -450,10 +450,8 @@ def load_llama(folder, adapter=None, device="cpu", dtype=None, nf4=False):
         if not torch.stack(t.aminmax()).isfinite().all():
             raise InputError(f"{folder}: {name} holds inf or NaN")
         module = name.removesuffix(".weight")
-        if nf4 and module.endswith(PROJECTIONS):
-            t = NF4.of(t.to(device, torch.float32), dtype or t.dtype)
-        else:
-            t = t.to(device, dtype, copy=True)
+        t = (NF4.of(t.to(device, torch.float32), dtype or t.dtype) if nf4 and module.endswith(PROJECTIONS)
+             else t.to(device, dtype, copy=True))
         model.get_submodule(module).weight = nn.Parameter(t, requires_grad=False)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

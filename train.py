@@ -133,13 +133,11 @@ def compose(given, config=Config):
     from an adapter takes nothing else of it. The default of val_data goes with that of data."""
     defaults, saved = {f.name: f.default for f in fields(config)}, None
     now = defaults | given
-    path, fresh = now["adapter_from"], now["mode"] == "train" and not now["resume"]
-    if now["resume"]:
-        path = f"{now['out_dir']}/checkpoint.pt"
-    elif not path and not fresh and now["method"] != "none":
-        path = f"{now['out_dir']}/adapter.pt"
-    base = read_json(Path(now["init_from"], "config.json"))
-    from_file = {k: base[k] for k in ["template"] if k in base}      # an export's: how it was trained
+    fresh = now["mode"] == "train" and not now["resume"]
+    own = "" if fresh or now["method"] == "none" else f"{now['out_dir']}/adapter.pt"
+    path = f"{now['out_dir']}/checkpoint.pt" if now["resume"] else now["adapter_from"] or own
+    base = read_json(Path(now["init_from"], "config.json")) if now["init_from"] else {}
+    from_file = {"template": base["template"]} if "template" in base else {}     # how an export was trained
     if path:
         if not Path(path).is_file():
             raise InputError(f"there is no {path}: train first, or say which --out_dir or --adapter_from")
@@ -388,7 +386,7 @@ def write_atomically(path, write):
 def open_locked(path):
     """A file to append to, locked until it is closed; InputError if another process has locked it."""
     with naming(path):
-        file = open(path, "a", buffering=1)      # a line at once
+        file = open(path, "ab", buffering=0)     # a line at once, or an error at once
         try:
             import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -401,8 +399,7 @@ def open_locked(path):
 
 def save_run(path, cfg, base, model, **more):
     """A file of teamlora.save_adapter's with what trains and the settings that are not the defaults."""
-    config = {f.name: getattr(cfg, f.name) for f in fields(cfg) if f.name not in OF_CALL}
-    config = {name: v for name, v in config.items() if v != getattr(type(cfg), name)}
+    config = {k: v for k, v in vars(cfg).items() if k not in OF_CALL and v != getattr(type(cfg), k)}
     parameters = {name: p.detach().cpu() for name, p in trainable_parameters(model).items()}
     write_atomically(path, lambda f: save_adapter(model, f, config=config, fingerprint=base,
                                                   parameters=parameters, **more))
@@ -477,17 +474,17 @@ def run_train(cfg, saved, make_optimizer=make_optimizer):
         before = old["before"] if old else evaluate(model, split, cfg.max_tokens, "before")
         for path in map(out.joinpath, ["summary.json", "adapter.pt"] + ["checkpoint.pt"] * (not old)):
             if RANK == 0 and path.exists():
-                print(f"{path}, of an earlier run, is removed")
+                print(f"{path} is removed, for it will be made anew")
                 path.unlink()
         lines = old["log"] if old else []
 
         def log(record):
             lines.append(json.dumps(record) + "\n")
             with naming(out / "log.jsonl"):
-                file.write(lines[-1])
+                file.write(lines[-1].encode())
         if RANK == 0:
             file.truncate(0)
-            file.writelines(lines)
+            file.writelines(map(str.encode, lines))
 
         def save(totals):
             save_run(out / "checkpoint.pt", cfg, base, model, optimizer=optimizer.state_dict()["state"],
@@ -557,7 +554,10 @@ def run_export(cfg, saved):
     with naming(unfinished):
         save_llama(model, unfinished, cfg.init_from, **trained)
         if trained:                              # to ask as it was trained, not as its base was
-            (unfinished / "chat_template.jinja").write_text(encode.chat_template(), "utf-8")
+            (unfinished / "chat_template.jinja").write_text(asks := encode.chat_template(), "utf-8")
+            if said := read_json(path := unfinished / "tokenizer_config.json"):
+                said |= {"chat_template": asks, "legacy": True}  # legacy: a text begins with a space, as here
+                path.write_text(json.dumps(said, indent=1), "utf-8")
     os.replace(unfinished, out)
     print(f"wrote {out} in {model.lm_head.weight.dtype}, {cfg.method} merged in; its chat template is "
           f"{'--template=' + cfg.template if trained else 'as before'}")
@@ -579,7 +579,7 @@ def main(argv=None, run=None, config=Config):
     try:
         cfg, saved = compose(parse_flags(argv, config), config)
         return (run or RUNS[cfg.mode])(cfg, saved)
-    except InputError as e:
+    except (InputError, OSError) as e:           # such as a disk that is full
         sys.exit("error: " + "".join(c if c.isprintable() else " " for c in str(e))[:1000])
     except KeyboardInterrupt as e:
         sys.exit(str(e) or "interrupted")

@@ -64,6 +64,8 @@ class BenchConfig(train.Config):
         for g in self.groups:
             if g not in ("spread", "growth", "peers") and not (g.isdecimal() and 1 <= int(g) <= 1024):
                 raise InputError(f"groups takes numbers of experts to 1024, spread, growth, peers, not '{g}'")
+        if "peers" in self.groups and (self.checkpointing or self.compile):
+            raise InputError("groups=peers: not with --checkpointing or --compile, which not all have")
         if self.method not in METHODS:
             raise InputError(f"method must be one of {', '.join(METHODS)}, not '{self.method}'")
 

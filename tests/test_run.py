@@ -1,7 +1,7 @@
 """Does a run do what it says, and does it survive whatever happens to it?
 
 Every run here is one of train.main, most of 8 steps on a tiny random base. The same run: the same bits of
-parameters, optimizer, counters, log. SLOW=1 adds ten kills and the default run.
+parameters, optimizer, counters, log. SLOW=1 adds eight kills and the default run.
 """
 
 import fcntl
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -218,6 +219,7 @@ def test_export_is_a_plain_llama_that_computes_the_same(base, tmp_path, method):
     save_llama(load_llama(base, dtype=torch.bfloat16), shutil.copytree(base, folder))
     (out / "export.tmp" / "stale").mkdir(parents=True)
     train.main(flags_of(folder, out, f"--method={method}"))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "of the base", "bos_token": "<s>"}')
     use("export", folder, out)
     (model, encode, _), exported = prepared(folder, out), load_llama(export)
     tokens = torch.randint(1280, (2, 65))
@@ -225,7 +227,9 @@ def test_export_is_a_plain_llama_that_computes_the_same(base, tmp_path, method):
         logits, expected, plain = (m.float().eval()(tokens) for m in (exported, model, load_llama(folder)))
     assert (logits - expected).norm() < 0.05 * (expected - plain).norm()
     assert exported.config.eos_token_id == (encode.end,) and data.Tokenizer(export).names
-    assert not (export / "stale").exists() and "messages" in (export / "chat_template.jinja").read_text()
+    assert not (export / "stale").exists()
+    asked = json.loads((export / "tokenizer_config.json").read_text())["chat_template"]
+    assert asked == encode.chat_template() == (export / "chat_template.jinja").read_text()
     cfg, _ = train.compose({"mode": "sample", "method": "none", "init_from": str(export)})
     assert cfg.template == data.TEMPLATES["paper"]       # and not "paper", with which a bare base continues
     with pytest.raises(SystemExit, match="exists already"):
@@ -265,7 +269,7 @@ def test_a_run_starts_from_an_adapter_and_takes_over_a_folder(finished, base, ro
     monkeypatch.setattr(fcntl, "flock", lambda *_: os.listdir("/no locks here"))
     stopped(flags_of(base, tmp_path), 2)
     monkeypatch.undo()
-    assert capsys.readouterr().out.count("of an earlier run, is removed") == 3
+    assert capsys.readouterr().out.count("is removed, for it will be made") == 3
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
     assert len(read_log(tmp_path)) == 2
     with pytest.raises(SystemExit, match="there is no .*adapter.pt"):
@@ -310,6 +314,16 @@ def test_ignored_signals_threads_and_poor_streams(base, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     train.main([*flags, f"--data={tmp_path}/rows.json"])
     assert b"\n??  " in sys.stdout.buffer.getvalue()
+
+
+def test_a_full_disk_is_one_line(base, tmp_path):
+    """Catches a traceback where a line of the log cannot be written, a run that goes on without it."""
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000))
+        train.main(flags_of(base, tmp_path, "--steps=120", "--save_every=999"))
+    code, printed = forked(run)
+    assert code == 1 and "error: " in printed.splitlines()[-1] and "Traceback" not in printed
+    assert 40 < (tmp_path / "log.jsonl").read_text().count("\n") < 80
 
 
 def test_a_power_cut_finds_whole_files(base, tmp_path, monkeypatch):
