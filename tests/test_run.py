@@ -223,6 +223,7 @@ def test_export_is_a_plain_llama_that_computes_the_same(base, tmp_path, method):
     use("export", folder, out)
     (model, encode, _), exported = prepared(folder, out), load_llama(export)
     tokens = torch.randint(1280, (2, 65))
+    assert exported.lm_head.weight.dtype == torch.bfloat16
     with torch.no_grad():
         logits, expected, plain = (m.float().eval()(tokens) for m in (exported, model, load_llama(folder)))
     assert (logits - expected).norm() < 0.05 * (expected - plain).norm()
