@@ -128,16 +128,16 @@ OF_CALL = ("mode", "out_dir", "adapter_from", "device", "resume", "prompt", "tem
 
 
 def compose(given, config=Config):
-    """Flags -> (configuration, what the file holds that it goes on from, or None): defaults, then the file's,
-    then the flags. But what makes an adapter what it is comes from its file alone, and a new run that starts
-    from an adapter takes nothing else of it. The default of val_data goes with that of data."""
+    """Flags -> (configuration, what the file holds that it goes on from, or None): defaults, an export's own
+    template, the file's, the flags. But what makes an adapter what it is comes from its file alone, and a new
+    run that starts from an adapter takes nothing else of it. val_data's default goes with that of data."""
     defaults, saved = {f.name: f.default for f in fields(config)}, None
     now = defaults | given
     fresh = now["mode"] == "train" and not now["resume"]
     own = "" if fresh or now["method"] == "none" else f"{now['out_dir']}/adapter.pt"
     path = f"{now['out_dir']}/checkpoint.pt" if now["resume"] else now["adapter_from"] or own
     base = read_json(Path(now["init_from"], "config.json")) if now["init_from"] else {}
-    from_file = {"template": base["template"]} if "template" in base else {}     # how an export was trained
+    from_file = {"template": base["template"]} if "template" in base else {}
     if path:
         if not Path(path).is_file():
             raise InputError(f"there is no {path}: train first, or say which --out_dir or --adapter_from")
