@@ -456,7 +456,7 @@ def prepare(cfg, saved=None):
 def run_train(cfg, saved, make_optimizer=make_optimizer):
     """Evaluation before, training, evaluation after; writes log.jsonl, adapter.pt and summary.json."""
     out, old = Path(cfg.out_dir), saved if cfg.resume else None
-    with naming(f"--out_dir={out}"):
+    with naming(f"--out_dir={cfg.out_dir}"):
         os.makedirs(cfg.out_dir, exist_ok=True)
     with open_locked(out / "log.jsonl") if RANK == 0 else nullcontext() as file:
         if not old and (out / "checkpoint.pt").is_file() and not (out / "summary.json").is_file():
@@ -474,7 +474,7 @@ def run_train(cfg, saved, make_optimizer=make_optimizer):
         before = old["before"] if old else evaluate(model, split, cfg.max_tokens, "before")
         for path in map(out.joinpath, ["summary.json", "adapter.pt"] + ["checkpoint.pt"] * (not old)):
             if RANK == 0 and path.exists():
-                print(f"{path} is removed, for it will be made anew")
+                print(f"{path} is removed; it will be made anew")
                 path.unlink()
         lines = old["log"] if old else []
 

@@ -127,7 +127,7 @@ def bench_batches(cfg, vocab_size, share):
     generator = torch.Generator().manual_seed(cfg.seed)
     examples = [data.Example("bench", torch.randint(vocab_size, (n + 1,), generator=generator).tolist(),
                              n + 1 - max(1, n // 4)) for n in lengths]
-    longer = 1.25 if train.device_and_dtype(cfg)[0] == "cpu" else math.inf           # as train.step_batches
+    longer = 1.25 if train.device_and_dtype(cfg)[0] == "cpu" else math.inf           # as train.own_batches
     return [data.collate(b) for b in data.micro_batches(examples, cfg.max_tokens, longer)]
 
 

@@ -270,7 +270,7 @@ def test_a_run_starts_from_an_adapter_and_takes_over_a_folder(finished, base, ro
     monkeypatch.setattr(fcntl, "flock", lambda *_: os.listdir("/no locks here"))
     stopped(flags_of(base, tmp_path), 2)
     monkeypatch.undo()
-    assert capsys.readouterr().out.count("is removed, for it will be made") == 3
+    assert capsys.readouterr().out.count("is removed; it will be made anew") == 3
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint.pt", "log.jsonl"}
     assert len(read_log(tmp_path)) == 2
     with pytest.raises(SystemExit, match="there is no .*adapter.pt"):
